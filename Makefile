@@ -1,0 +1,50 @@
+# make pretrain   everything from nothing: environment, demo corpus, vocabulary, a trained model
+# make test       the tests;  make check: style, types, layers;  make bench: speed
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.complete
+
+.PHONY: pretrain setup check format test bench
+.DELETE_ON_ERROR:
+
+pretrain: $(SETUP)
+	./rtd.sh deberta-v3-nano
+	@echo "How to train on your own text: README.md, 'Your own text'."
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The demo corpus: the Wikipedia sample of the gensim package, with a vocabulary of its own.
+data/demo/manifest.json: | $(SETUP)
+	$(BIN)/python data_tools/download.py demo -o data/raw/demo
+	$(BIN)/python data_tools/train_tokenizer.py -i data/raw/demo -o data/raw/demo.spm.model --vocab_size 2048
+	$(BIN)/python data_tools/prepare_data.py -i data/raw/demo -o data/demo --vocab data/raw/demo.spm.model \
+		--max_seq_length 32 --valid_fraction 0.08
+
+# WikiText-103 with the public DeBERTa-v3 vocabulary, from the Hugging Face hub.
+data/wikitext-103/manifest.json: | $(SETUP)
+	$(BIN)/python data_tools/download.py wikitext-103 -o data/raw/wikitext-103
+	$(BIN)/python data_tools/download.py spm -o data/raw
+	$(BIN)/python data_tools/prepare_data.py -i data/raw/wikitext-103/wiki.train.raw \
+		--valid_input data/raw/wikitext-103/wiki.valid.raw -o data/wikitext-103 \
+		--vocab data/raw/spm.model --max_seq_length 512
+
+check: $(SETUP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(SETUP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(SETUP)
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+bench: $(SETUP)
+	$(BIN)/python benchmarks/step.py
