@@ -1,0 +1,280 @@
+"""Token ids on disk: Arrow shards with a manifest, written once and memory-mapped for reading.
+
+A data folder holds
+
+    manifest.json            what the data is: vocabulary, row length, counts and hashes
+    spm.model                the vocabulary the rows were made with
+    train/00000.arrow ...    rows; Arrow IPC files, uncompressed, one record batch with the one
+    valid/00000.arrow ...    column `ids`: list<int32>, without [CLS], [SEP] or padding
+
+Opening it costs a look at every shard's footer and nothing per row; a row is a slice of the map.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from ds_deberta.data.tokenizer import DebertaTokenizer
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+ROWS_PER_SHARD = 32_768  # 64 MiB of full rows of 512
+SCHEMA = pa.schema([pa.field("ids", pa.list_(pa.int32()))])
+CURE = "Prepare the data again with data_tools/prepare_data.py."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard: `file` is relative to the data folder, `tokens` and `bytes` are totals."""
+
+    file: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """One split; its rows are its shards' rows in order."""
+
+    rows: int
+    tokens: int
+    documents: int
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """The vocabulary: `file` is relative to the data folder."""
+
+    file: str
+    sha256: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a data folder holds. `max_seq_length` counts [CLS] and [SEP], which rows lack."""
+
+    tokenizer: TokenizerInfo
+    max_seq_length: int
+    keep_documents_apart: bool
+    splits: dict[str, SplitInfo]
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def load(cls, data_dir: Path) -> "Manifest":
+        """Read the manifest of a data folder."""
+        path = Path(data_dir) / MANIFEST_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{data_dir} must be a folder of prepared data, but has no {MANIFEST_FILE}. "
+                "Give another --data_dir, or prepare the data with data_tools/prepare_data.py."
+            )
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["format_version"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is damaged: not a manifest. {CURE}") from None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} must have format version {FORMAT_VERSION}; it has {version}. {CURE}"
+            )
+        try:
+            return _parse_manifest(fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}. {CURE}") from None
+
+    def save(self, data_dir: Path) -> None:
+        """Write the manifest; a crash leaves the old one or the new one, never half of it."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        _write_durably(Path(data_dir) / MANIFEST_FILE, lambda file: file.write(text.encode()))
+
+
+class ShardWriter:
+    """Write rows to numbered shards in `folder`, each complete on disk before it has its name.
+
+    Args:
+        folder: The split's folder in the data folder, e.g. DATA/train; it is made.
+        rows_per_shard: As many rows are held in memory.
+        first_shard: Number of the first shard, for a restart or for one worker of several.
+    """
+
+    def __init__(self, folder: Path, *, rows_per_shard: int = ROWS_PER_SHARD, first_shard: int = 0):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows_per_shard = rows_per_shard
+        self.first_shard = first_shard
+        self._rows: list[np.ndarray] = []
+        self._shards: list[ShardInfo] = []
+
+    def write(self, row: np.ndarray) -> None:
+        """Add one row of token ids."""
+        self._rows.append(np.asarray(row, dtype=np.int32))
+        if len(self._rows) == self.rows_per_shard:
+            self._write_shard()
+
+    def close(self) -> list[ShardInfo]:
+        """Write what is left and return all shards written, in order."""
+        if self._rows:
+            self._write_shard()
+        return self._shards
+
+    def _write_shard(self) -> None:
+        path = self.folder / f"{self.first_shard + len(self._shards):05d}.arrow"
+        offsets = np.zeros(len(self._rows) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in self._rows], out=offsets[1:])
+        ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._rows)))
+        digest = hashlib.sha256()
+
+        def write(file: IO[bytes]) -> None:
+            sink = _HashingSink(file, digest.update)
+            with pa.ipc.new_file(sink, SCHEMA) as writer:
+                writer.write_batch(pa.record_batch([ids], schema=SCHEMA))
+
+        _write_durably(path, write)
+        self._shards.append(
+            ShardInfo(
+                file=f"{self.folder.name}/{path.name}",
+                rows=len(self._rows),
+                tokens=int(offsets[-1]),
+                bytes=path.stat().st_size,
+                sha256=digest.hexdigest(),
+            )
+        )
+        self._rows.clear()
+
+
+class ShardDataset:
+    """The rows of one split, int32 [<= max_seq_length - 2] each, straight from the memory map.
+
+    Shards are mapped when first read, so a dataset is cheap to open, to pickle and to fork.
+    """
+
+    def __init__(self, data_dir: Path, split: str, manifest: Manifest):
+        if split not in manifest.splits:
+            raise ValueError(
+                f"{data_dir} has no split {split!r}; it has {', '.join(manifest.splits) or 'none'}"
+            )
+        self.data_dir = Path(data_dir)
+        self.shards = manifest.splits[split].shards
+        self._ends = list(accumulate(shard.rows for shard in self.shards))
+        self._mapped: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        if len(self) != manifest.splits[split].rows:
+            raise ValueError(
+                f"split {split!r} of {data_dir} must have {manifest.splits[split].rows} rows by "
+                f"its {MANIFEST_FILE}; its shards have {len(self)}. {CURE}"
+            )
+        for shard in self.shards:
+            _open_shard(self.data_dir, shard)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Return the ids of one row: a read-only view, valid as long as it is referenced."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number = bisect_right(self._ends, row)
+        if number not in self._mapped:
+            self._mapped[number] = _open_shard(self.data_dir, self.shards[number])
+        offsets, ids = self._mapped[number]
+        local = row - (self._ends[number] - self.shards[number].rows)
+        return ids[offsets[local] : offsets[local + 1]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mapped": {}}
+
+    def verify(self) -> None:
+        """Read every shard and compare its hash with the manifest's."""
+        for shard in self.shards:
+            path = self.data_dir / shard.file
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise ValueError(f"{path} is not what was written: its hash differs. {CURE}")
+
+
+def load_tokenizer(data_dir: Path) -> DebertaTokenizer:
+    """Load the vocabulary that the data in `data_dir` was made with."""
+    info = Manifest.load(data_dir).tokenizer
+    tokenizer = DebertaTokenizer(Path(data_dir) / info.file)
+    if (tokenizer.sha256, tokenizer.num_tokens) != (info.sha256, info.num_tokens):
+        raise ValueError(
+            f"{tokenizer.vocab_file} must be the vocabulary that the data was made with, but its "
+            f"hash differs from the one in {MANIFEST_FILE}. Put the right one back. Else: {CURE}"
+        )
+    return tokenizer
+
+
+def _parse_manifest(fields: dict[str, Any]) -> Manifest:
+    splits = {
+        name: SplitInfo(**split | {"shards": tuple(ShardInfo(**s) for s in split["shards"])})
+        for name, split in fields["splits"].items()
+    }
+    return Manifest(
+        **fields | {"tokenizer": TokenizerInfo(**fields["tokenizer"]), "splits": splits}
+    )
+
+
+def _open_shard(data_dir: Path, shard: ShardInfo) -> tuple[np.ndarray, np.ndarray]:
+    """Map one shard, check it against the manifest, and return its row offsets and ids."""
+    path = data_dir / shard.file
+    if not path.is_file():
+        raise FileNotFoundError(f"shard {path} of {MANIFEST_FILE} is missing. {CURE}")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise ValueError(f"{path} must have {shard.bytes} bytes; it has {size}. {CURE}")
+    try:
+        # Closing frees the file descriptor (there may be thousands); the arrays keep the map.
+        with pa.memory_map(str(path)) as source:
+            batch = pa.ipc.open_file(source).get_batch(0)
+            column = batch.column("ids")
+            offsets, ids = column.offsets.to_numpy(), column.values.to_numpy()
+    except (pa.ArrowInvalid, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a shard: {error}. {CURE}") from None
+    if batch.num_rows != shard.rows:
+        raise ValueError(f"{path} must have {shard.rows} rows; it has {batch.num_rows}. {CURE}")
+    return offsets, ids
+
+
+class _HashingSink:
+    """A file for pyarrow to write to, which hands every block to a hash as well."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes], update: Callable[[Any], None]):
+        self._file, self._update = file, update
+
+    def write(self, block: Any) -> int:
+        self._update(block)
+        return self._file.write(block)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Leave the file open: its owner still has to bring it to disk."""
+
+
+def _write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a temporary file, bring it to disk, and only then give it its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
