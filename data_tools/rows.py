@@ -1,0 +1,122 @@
+"""Cut a split's stream of token ids into rows, and go on after the last shard of an earlier run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ds_deberta.data.shards import ShardInfo, ShardWriter, SplitInfo
+
+Place = tuple[int, int]  # number of the input file, number of the record in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How much of the input a split's finished shards hold.
+
+    Attributes:
+        place: The last record in them.
+        ids: As many of its ids are in them.
+        begun: Documents begun.
+        documents: Those of them with at least one id.
+        shards: The shards.
+    """
+
+    place: Place = (0, -1)
+    ids: int = 0
+    begun: int = 0
+    documents: int = 0
+    shards: tuple[ShardInfo, ...] = ()
+
+
+class RowWriter:
+    """Write a split's rows of `row_length` ids; the last one (or a document's last) may be shorter.
+
+    Attributes:
+        progress: What is on disk; another writer can go on from it.
+        tokens: Number of ids, on disk or not.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        progress: Progress,
+        *,
+        row_length: int,
+        rows_per_shard: int,
+        keep_documents_apart: bool,
+    ):
+        self.folder = folder
+        self.progress = progress
+        self.row_length = row_length
+        self.rows_per_shard = rows_per_shard
+        self.keep_documents_apart = keep_documents_apart
+        self.tokens = sum(shard.tokens for shard in progress.shards)
+        self._place, self._ids = progress.place, progress.ids
+        self._begun, self._documents = progress.begun, progress.documents
+        self._is_counted = True  # the last document, among those with an id
+        self._row: list[np.ndarray] = []
+        self._row_ids = 0
+        self._start_shard()
+
+    def add(self, place: Place, *, starts_document: bool, ids: np.ndarray) -> None:
+        """Add the ids of one record. After a restart the first one is `progress.place`, again."""
+        if place == self._place:
+            ids = ids[self._ids :]
+        else:
+            if starts_document:
+                if self.keep_documents_apart:
+                    self._end_row()
+                self._begun += 1
+                self._is_counted = False
+            self._place, self._ids = place, 0
+        if len(ids) and not self._is_counted:
+            self._documents += 1
+            self._is_counted = True
+        self.tokens += len(ids)
+        while len(ids):
+            part = ids[: self.row_length - self._row_ids]
+            self._row.append(part)
+            self._row_ids += len(part)
+            self._ids += len(part)
+            ids = ids[len(part) :]
+            if self._row_ids == self.row_length:
+                self._end_row()
+
+    def close(self) -> SplitInfo:
+        """Write what is left, and return what the split holds."""
+        self._end_row()
+        self._end_shard()
+        shards = self.progress.shards
+        return SplitInfo(
+            rows=sum(shard.rows for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            documents=self._documents,
+            shards=shards,
+        )
+
+    def _end_row(self) -> None:
+        if self._row:
+            self._shard.write(np.concatenate(self._row) if len(self._row) > 1 else self._row[0])
+            self._shard_rows += 1
+            self._row, self._row_ids = [], 0
+        if self._shard_rows == self.rows_per_shard:
+            self._end_shard()
+
+    def _start_shard(self) -> None:
+        self._shard = ShardWriter(
+            self.folder,
+            rows_per_shard=self.rows_per_shard,
+            first_shard=len(self.progress.shards),
+        )
+        self._shard_rows = 0
+
+    def _end_shard(self) -> None:
+        self.progress = Progress(
+            place=self._place,
+            ids=self._ids,
+            begun=self._begun,
+            documents=self._documents,
+            shards=(*self.progress.shards, *self._shard.close()),
+        )
+        self._start_shard()
