@@ -1,0 +1,47 @@
+"""The small trainings that engines and plain PyTorch both run."""
+
+import torch
+from torch import nn
+
+from ds_deberta.data import DebertaTokenizer, NGramMasker
+from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
+
+STEPS = 4
+BATCH = 16
+LR = 2e-3
+DISCRIMINATOR_LR = 1e-3
+RTD_LAMBDA = 10.0
+CLIP = 1.0
+
+
+def build_models(objective: str, sharing: str, tokenizer: DebertaTokenizer) -> dict[str, nn.Module]:
+    """Freshly initialised models, the same in every process."""
+    torch.manual_seed(3)
+    config = DebertaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        position_buckets=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    if objective == "mlm":
+        return {"model": DebertaForMaskedLM(config)}
+    return {
+        "generator": DebertaForMaskedLM(config),
+        "discriminator": DebertaForRTD(config, embedding_sharing=sharing),  # type: ignore[arg-type]
+    }
+
+
+def masker(tokenizer: DebertaTokenizer) -> NGramMasker:
+    """Every predicted token becomes [MASK]."""
+    return NGramMasker(
+        special=tokenizer.special,
+        is_word_start=tokenizer.is_word_start,
+        num_tokens=tokenizer.num_tokens,
+        max_seq_length=32,
+        mask_token_prob=1.0,
+        keep_prob=0.0,
+    )

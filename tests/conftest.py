@@ -1,0 +1,97 @@
+"""Small things that tests share: a vocabulary, prepared data, a tiny architecture."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from ds_deberta.data import DebertaTokenizer, Manifest, ShardWriter, SplitInfo, TokenizerInfo
+from ds_deberta.model import DebertaConfig
+
+torch.set_num_threads(1)  # several times faster where others share the cores
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """English-looking lines over a small set of words."""
+    rng = random.Random(seed)
+    words = ["the", "a", "king", "river", "old", "new", "city", "runs", "builds", "of", "and", "in"]
+    words += ["".join(rng.choices("abcdefghiklmnoprstu", k=rng.randint(2, 8))) for _ in range(800)]
+    return [" ".join(rng.choices(words, k=rng.randint(6, 20))) + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def vocab_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeBERTa vocabulary of 300 pieces."""
+    folder = tmp_path_factory.mktemp("vocab")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(2000)),
+        model_prefix=str(folder / "spm"),
+        vocab_size=300,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        minloglevel=2,
+    )
+    return folder / "spm.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(vocab_file: Path) -> DebertaTokenizer:
+    return DebertaTokenizer(vocab_file)
+
+
+@pytest.fixture(scope="session")
+def data_dir(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data at length 32: 200 train rows and 24 valid rows, some of them short."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "spm.model").write_bytes(vocab_file.read_bytes())
+    tokenizer = DebertaTokenizer(folder / "spm.model")
+    splits = {}
+    for split, rows, seed in (("train", 200, 1), ("valid", 24, 2)):
+        ids = np.array([i for line in sentences(600, seed) for i in tokenizer.encode(line)])
+        lengths = np.where(np.arange(rows) % 7 == 0, 11, 30)
+        writer = ShardWriter(folder / split, rows_per_shard=64)
+        for row in np.split(ids[: lengths.sum()], np.cumsum(lengths)[:-1]):
+            writer.write(row)
+        splits[split] = SplitInfo(
+            rows=rows, tokens=int(lengths.sum()), documents=600, shards=tuple(writer.close())
+        )
+    Manifest(
+        tokenizer=TokenizerInfo(
+            file="spm.model", sha256=tokenizer.sha256, num_tokens=tokenizer.num_tokens
+        ),
+        max_seq_length=32,
+        keep_documents_apart=False,
+        splits=splits,
+    ).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tokenizer: DebertaTokenizer) -> DebertaConfig:
+    """2 layers, hidden 32, dropout on."""
+    return DebertaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        position_buckets=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_file(tiny_config: DebertaConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny architecture as a config.json, for `--model`."""
+    file = tmp_path_factory.mktemp("model") / "config.json"
+    file.write_text(json.dumps(tiny_config.to_dict()))
+    return file

@@ -1,0 +1,66 @@
+"""Start a script on several ranks of this machine, as a launcher would."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_ranks(script: Path, *args: str, world_size: int = 1, timeout: float = 300) -> None:
+    """Run `script` once per rank.
+
+    Raises:
+        AssertionError: a rank failed, or they took longer than `timeout` seconds; with the output.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as output:  # a pipe would fill up and stop its rank
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *args],
+                env=clean_environment()
+                | {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+                cwd=ROOT,
+                stdout=output,
+                stderr=output,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            statuses = _wait(processes, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()  # nothing, for one that has ended
+                process.wait()
+        output.seek(0)
+        assert statuses == [0] * world_size, f"{statuses}: {output.read()[-4000:]}"
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without a launcher's variables, with the checkout importable."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    return kept | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+
+
+def _wait(processes: list[subprocess.Popen], deadline: float) -> list[int | None]:
+    """Wait until all have ended, one has failed, or time is up; return their statuses."""
+    while time.monotonic() < deadline:
+        statuses = [process.poll() for process in processes]
+        if None not in statuses or any(statuses):
+            break
+        time.sleep(0.1)
+    return [process.poll() for process in processes]
