@@ -1,0 +1,78 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ds_deberta.optim import OptimConfig, build_optimizer, lr_factor, param_groups
+
+
+def factors(total: int, **kwargs) -> list[float]:
+    config = OptimConfig(**kwargs)
+    return [lr_factor(step, config=config, total_steps=total) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
+def test_schedules_are_continuous_and_never_start_at_zero(schedule):
+    values = factors(1000, warmup=100, lr_schedule=schedule)
+    assert values[0] == pytest.approx(0.01)
+    assert max(values) == values[100] == 1.0
+    assert max(abs(a - b) for a, b in itertools.pairwise(values)) <= 0.01 + 1e-12
+
+
+def test_linear_decay_ends_one_update_before_zero():
+    assert factors(100, warmup=0)[-1] == pytest.approx(0.01)
+    assert factors(100, warmup=0, lr_end=0.1)[-1] == pytest.approx(0.1 + 0.9 * 0.01)
+
+
+def test_wsd_is_flat_until_its_decay():
+    values = factors(1000, warmup=10, lr_schedule="wsd", decay_fraction=0.2)
+    assert set(values[10:800]) == {1.0}
+    assert values[900] == pytest.approx(0.5)
+
+
+def test_warmup_below_one_is_a_fraction():
+    assert factors(1000, warmup=0.1) == factors(1000, warmup=100)
+
+
+def test_biases_and_layer_norms_are_not_decayed():
+    module = nn.ModuleDict({"dense": nn.Linear(2, 2), "LayerNorm": nn.LayerNorm(2)})
+    decay, no_decay = param_groups(module, 0.01)
+    assert [id(p) for p in decay["params"]] == [id(module["dense"].weight)]
+    assert len(no_decay["params"]) == 3
+    assert no_decay["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_adamw_is_the_written_formula(bias_correction):
+    """The original's update (XAdam) without bias correction, the usual AdamW with it."""
+    torch.manual_seed(0)
+    module = nn.Linear(5, 4, bias=False)
+    config = OptimConfig(epsilon=1e-6, weight_decay=0.01, bias_correction=bias_correction)
+    optimizer = build_optimizer(module, config, lr=0.01)
+    p = module.weight.detach().double().clone()
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(1, 6):
+        gradient = torch.randn(4, 5)
+        module.weight.grad = gradient.clone()
+        optimizer.step()
+        g = gradient.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        c1, c2 = (1 - 0.9**step, 1 - 0.999**step) if bias_correction else (1.0, 1.0)
+        p = p - 0.01 * (m / c1 / ((v / c2).sqrt() + 1e-6) + 0.01 * p)
+    torch.testing.assert_close(module.weight.detach().double(), p, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"warmup": -1}, "warmup must be"),
+        ({"adam_beta2": 1.5}, "adam_beta2 must lie in"),
+        ({"max_grad_norm": -math.inf}, "max_grad_norm must not be negative"),
+    ],
+)
+def test_bad_values_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**kwargs)
