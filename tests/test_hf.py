@@ -1,0 +1,295 @@
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel
+
+from ds_deberta.hf import export_parts, load_pretrained, merge_embeddings, write_pretrained
+from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD, EmbeddingSharing
+
+Models = dict[str, DebertaForMaskedLM | DebertaForRTD]
+
+WORDS = "deberta.embeddings.word_embeddings.weight"
+WORD_DELTA = "deberta.embeddings.word_embeddings._weight"
+POSITIONS = "deberta.embeddings.position_embeddings.weight"
+POSITION_DELTA = "deberta.embeddings.position_embeddings._weight"
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "deberta": {},
+    "bert": {"relative_attention": False, "pos_att_type": (), "position_biased_input": True},
+    "position-biased": {"position_biased_input": True},
+    "v2": {"conv_kernel_size": 3, "conv_act": "gelu", "share_att_key": False},
+}
+
+
+def build(config: DebertaConfig, sharing: EmbeddingSharing | None) -> Models:
+    """Models whose every parameter (deltas, biases) shows where it goes; None: one MLM model."""
+    models: Models = {"model": DebertaForMaskedLM(config)}
+    if sharing is not None:
+        models = {
+            "generator": DebertaForMaskedLM(config),
+            "discriminator": DebertaForRTD(config, embedding_sharing=sharing),
+        }
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for model in models.values():
+            for parameter in model.eval().parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return models
+
+
+def export(
+    models: Models,
+    config: DebertaConfig,
+    sharing: EmbeddingSharing,
+    vocab_file: Path,
+    out_dir: Path,
+) -> list[Path]:
+    weights = {name: model.state_dict() for name, model in models.items()}
+    return export_parts(weights, dict.fromkeys(weights, config), sharing, vocab_file, out_dir)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_config, vocab_file, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator and a gdes discriminator, for reading only."""
+    out_dir = tmp_path_factory.mktemp("exported")
+    export(build(tiny_config, "gdes"), tiny_config, "gdes", vocab_file, out_dir)
+    return out_dir
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sharing"),
+    [
+        *product(("deberta", "bert"), (None, "gdes", "es", "nes")),
+        ("position-biased", "gdes"),
+        ("v2", None),
+    ],
+)
+@torch.no_grad()
+def test_auto_model_loads_every_weight_and_gives_our_hidden_states(
+    architecture: str,
+    sharing: EmbeddingSharing | None,
+    tiny_config: DebertaConfig,
+    vocab_file: Path,
+    tmp_path: Path,
+):
+    config = replace(tiny_config, **ARCHITECTURES[architecture])
+    models = build(config, sharing)
+    folders = export(models, config, sharing or "nes", vocab_file, tmp_path)
+    assert [folder.name for folder in folders] == list(models)
+
+    input_ids = torch.randint(4, 300, (3, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(20) < torch.tensor([[20], [13], [1]])
+    for folder in folders:
+        theirs, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert info.keys() >= {"missing_keys", "unexpected_keys", "mismatched_keys"}
+        assert not any(info.values()), info
+        base = None
+        if folder.name == "discriminator" and sharing != "nes":
+            base = models["generator"].deberta.embeddings.lookup(input_ids)
+        ours = models[folder.name].deberta(input_ids, mask, base)
+        states = theirs.eval()(input_ids, attention_mask=mask.long()).last_hidden_state
+        torch.testing.assert_close(states[mask], ours[mask], rtol=0, atol=1e-5)
+
+
+def test_an_export_holds_everything_once_in_fp32_under_public_names(exported: Path, tiny_config):
+    for folder, head in (("generator", "lm_predictions"), ("discriminator", "mask_predictions")):
+        folder = exported / folder
+        values = json.loads((folder / "config.json").read_text())
+        assert DebertaConfig.from_dict(values).to_dict() == tiny_config.to_dict()
+        encoder = load_file(folder / "model.safetensors")
+        rest = load_file(folder / "heads.safetensors")
+        assert not encoder.keys() & rest.keys()
+        assert {weight.dtype for weight in (encoder | rest).values()} == {torch.float32}
+        assert {name.split(".")[0] for name in encoder} == {"deberta"}
+        assert {name.split(".")[0] for name in rest if name != POSITIONS} == {head}
+        assert (POSITIONS in rest) == (head == "lm_predictions")
+        assert not [name for name in encoder | rest if "_weight" in name]
+        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("architecture", ["deberta", "bert"])
+def test_generator_and_nes_discriminator_come_back_bitwise(
+    architecture: str, tiny_config: DebertaConfig, vocab_file: Path, tmp_path: Path
+):
+    config = replace(tiny_config, **ARCHITECTURES[architecture])
+    models = build(config, "nes")
+    folders = export(models, config, "nes", vocab_file, tmp_path)
+    for folder, loaded in zip(folders, build(config, "nes").values(), strict=True):
+        with torch.no_grad():
+            for parameter in loaded.parameters():
+                parameter.fill_(torch.nan)
+        report = load_pretrained(loaded, folder)
+        assert (report.fresh, report.unused) == ((), ())
+        assert_equal(loaded.state_dict(), models[folder.name].state_dict())
+
+
+@pytest.mark.parametrize("architecture", ["deberta", "bert"])
+def test_gdes_discriminator_comes_back_up_to_the_rounding_of_one_sum(
+    architecture: str, tiny_config: DebertaConfig, vocab_file: Path, tmp_path: Path
+):
+    config = replace(tiny_config, **ARCHITECTURES[architecture])
+    models = build(config, "gdes")
+    generator = models["generator"].state_dict()
+    before = models["discriminator"].state_dict()
+    _, folder = export(models, config, "gdes", vocab_file, tmp_path)
+    loaded = DebertaForRTD(config, embedding_sharing="gdes")
+    report = load_pretrained(loaded, folder, generator=generator)
+    assert (report.fresh, report.unused) == ((), ())
+    after = loaded.state_dict()
+
+    deltas = [WORD_DELTA, POSITION_DELTA] if config.position_biased_input else [WORD_DELTA]
+    for name in deltas:
+        table = generator[name.replace("_weight", "weight")]
+        delta, total = before[name], table + before[name]
+        ulp = torch.finfo(torch.float32).eps * torch.maximum(total.abs(), table.abs())
+        assert ((after[name] - delta).abs() <= ulp).all()
+        # Merged again, it is bitwise the exported table, but for one ulp where the delta
+        # outweighs the generator's value.
+        again = table + after[name]
+        small = delta.abs() <= table.abs()
+        assert torch.equal(again[small], total[small])
+        assert small.float().mean() > 0.25
+        assert ((again - total).abs() <= ulp).all()
+        before[name] = after[name]
+    assert_equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tables"), [("deberta", (WORDS,)), ("bert", (POSITIONS, WORDS))]
+)
+def test_es_discriminator_comes_back_without_tables(
+    architecture: str,
+    tables: tuple[str, ...],
+    tiny_config: DebertaConfig,
+    vocab_file: Path,
+    tmp_path: Path,
+):
+    config = replace(tiny_config, **ARCHITECTURES[architecture])
+    models = build(config, "es")
+    _, folder = export(models, config, "es", vocab_file, tmp_path)
+    loaded = DebertaForRTD(config, embedding_sharing="es")
+    assert load_pretrained(loaded, folder).unused == tables
+    assert_equal(loaded.state_dict(), models["discriminator"].state_dict())
+    encoder, generator = load_file(folder / "model.safetensors"), models["generator"].state_dict()
+    assert_equal(
+        {name: encoder[name] for name in tables}, {name: generator[name] for name in tables}
+    )
+
+
+def test_merge_embeddings():
+    generator = {WORDS: torch.tensor([1.0, 2.0]), POSITIONS: torch.tensor([3.0])}
+    delta = {WORD_DELTA: torch.tensor([0.5, -2.0], dtype=torch.bfloat16)}
+    own = {WORDS: torch.tensor([5.0, 6.0])}
+    other = {"deberta.encoder.rel_embeddings.weight": torch.tensor([7.0])}
+
+    merged = merge_embeddings(other | delta, generator, "gdes")
+    assert_equal(merged, other | {WORDS: torch.tensor([1.5, 0.0])})
+    assert_equal(merge_embeddings(other, generator, "es"), other | generator)
+    assert_equal(merge_embeddings(other | own, generator, "nes"), other | own)
+    assert_equal(merge_embeddings(other | own, None, "nes"), other | own)
+    with pytest.raises(ValueError, match="gdes needs the generator's weights"):
+        merge_embeddings(other | delta, None, "gdes")
+
+
+def test_a_public_discriminator_with_delta_and_left_over_weights(tiny_config, tmp_path: Path):
+    """The layout of the public v3-xsmall: fp16, merged table and delta, both heads."""
+    models = build(tiny_config, "gdes")
+    generator = models["generator"].half().state_dict()
+    stored = models["discriminator"].half().state_dict()
+    left_over = {name: generator[name] for name in generator if "lm_predictions" in name}
+    left_over |= dict.fromkeys((POSITIONS, POSITION_DELTA), generator[POSITIONS])
+    merged = generator[WORDS] + stored[WORD_DELTA]
+    torch.save(stored | left_over | {WORDS: merged}, tmp_path / "pytorch_model.bin")
+    torch.save(generator, tmp_path / "pytorch_model.generator.bin")  # beside it on the hub
+
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        loaded = DebertaForRTD(tiny_config, embedding_sharing="gdes")
+        report = load_pretrained(loaded, source)
+        assert set(report.unused) == left_over.keys() | {WORDS}
+        assert report.fresh == ()
+        assert_equal(loaded.state_dict(), {name: weight.float() for name, weight in stored.items()})
+
+    independent = DebertaForRTD(tiny_config, embedding_sharing="nes")
+    assert WORD_DELTA in load_pretrained(independent, tmp_path).unused
+    assert torch.equal(independent.state_dict()[WORDS], merged.float())
+
+
+def test_a_hugging_face_folder_and_a_bare_encoder_leave_the_heads_fresh(
+    exported: Path, tiny_config: DebertaConfig, tmp_path: Path
+):
+    AutoModel.from_pretrained(exported / "discriminator").save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("deberta."): weight for name, weight in stored.items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+
+    encoder = load_file(exported / "discriminator" / "model.safetensors")
+    for source in (tmp_path, tmp_path / "bare.safetensors"):
+        for model, fresh in (
+            (DebertaForRTD(tiny_config), "mask_predictions"),
+            (DebertaForMaskedLM(tiny_config), "lm_predictions"),
+        ):
+            before = {name: weight.clone() for name, weight in model.state_dict().items()}
+            report = load_pretrained(model, source)
+            assert set(report.loaded) == encoder.keys()
+            assert {name.split(".")[0] for name in report.fresh if name != POSITIONS} == {fresh}
+            assert (POSITIONS in report.fresh) == (fresh == "lm_predictions")
+            assert_equal(model.state_dict(), before | encoder)
+
+
+def test_what_does_not_fit_is_an_error_and_changes_nothing(
+    exported: Path, tiny_config: DebertaConfig, tmp_path: Path
+):
+    def refuses(
+        model: DebertaForMaskedLM | DebertaForRTD, source: Path, message: str, **generator: Any
+    ) -> None:
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(model, source, **generator)
+        assert_equal(model.state_dict(), before)
+
+    def changed(**changes: Any) -> DebertaForMaskedLM:
+        return DebertaForMaskedLM(replace(tiny_config, **changes))
+
+    generator, discriminator = exported / "generator", exported / "discriminator"
+    rows = tiny_config.vocab_size
+    larger = rf"vocabulary sizes must be equal.*\[{rows}, 32\].*\[{rows + 64}, 32\]"
+    refuses(changed(vocab_size=rows + 64), generator, larger)
+    refuses(changed(intermediate_size=64), generator, "shapes must be equal; .*intermediate")
+    refuses(changed(num_hidden_layers=3), generator, r"lacks weights .*layer\.2\.\S+ and 12 more")
+    save_file(changed(num_hidden_layers=3).state_dict(), tmp_path / "deeper.safetensors")
+    refuses(changed(), tmp_path / "deeper.safetensors", r"that the model lacks: .*layer\.2\.")
+    refuses(changed(**ARCHITECTURES["bert"]), generator, "that the model lacks: .*rel_embeddings")
+    refuses(changed(position_biased_input=True), discriminator, f"lacks .* model: {POSITIONS}")
+
+    gdes = DebertaForRTD(tiny_config, embedding_sharing="gdes")
+    refuses(gdes, discriminator, "has only the sum .* load the generator too")
+    save_file(gdes.state_dict(), tmp_path / "delta.safetensors")
+    refuses(DebertaForRTD(tiny_config), tmp_path / "delta.safetensors", f"lacks .* model: {WORDS}")
+    with pytest.raises(FileNotFoundError, match="must be a file of weights, or a folder"):
+        load_pretrained(changed(), exported)
+
+
+def test_an_export_is_whole_or_absent(exported: Path, tiny_config, vocab_file, tmp_path: Path):
+    with pytest.raises(FileExistsError, match="must be new or empty"):
+        write_pretrained({}, tiny_config, vocab_file, exported / "generator")
+    out_dir = tmp_path / "runs" / "out"
+    with pytest.raises(FileNotFoundError):
+        write_pretrained({}, tiny_config, tmp_path / "none.model", out_dir)
+    assert list(out_dir.parent.iterdir()) == []
+    out_dir.mkdir()
+    write_pretrained({}, tiny_config, vocab_file, out_dir)
+    assert list(out_dir.parent.iterdir()) == [out_dir]
