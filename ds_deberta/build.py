@@ -1,0 +1,294 @@
+"""Puts a run together: knows every part, does nothing per step."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ds_deberta import data
+from ds_deberta.checkpoint import Checkpointer, TrainState
+from ds_deberta.config import PretrainConfig
+from ds_deberta.data import Batch, DebertaTokenizer, Manifest, NGramMasker
+from ds_deberta.distributed import is_main, logger, rank, seed_rank, world_size
+from ds_deberta.engine import (
+    DeepSpeedFacts,
+    initialize_engine,
+    load_ds_config,
+    precision,
+    zero_stage,
+)
+from ds_deberta.hf import load_pretrained
+from ds_deberta.kernels import AttentionFn, select_attention
+from ds_deberta.metrics import MetricTracker, measure_peak_flops
+from ds_deberta.model import (
+    DebertaConfig,
+    DebertaForMaskedLM,
+    DebertaForRTD,
+    generator_config,
+    load_model_config,
+)
+from ds_deberta.model.flops import forward_flops
+from ds_deberta.objectives import Objective
+from ds_deberta.objectives.mlm import MLMObjective
+from ds_deberta.objectives.rtd import RTDObjective
+from ds_deberta.optim import warmup_steps
+
+# What may change when a run goes on; all else about its optimizer must stay.
+_MAY_CHANGE = ("warmup", "lr_schedule", "decay_fraction", "lr_end")
+
+
+def build_objective(
+    run: PretrainConfig, tokenizer: DebertaTokenizer, device: torch.device
+) -> Objective:
+    """Models, engines and the objective around them.
+
+    Raises:
+        ValueError: settings that do not go together, named.
+    """
+    configs = model_configs(run, tokenizer)
+    ds_configs = build_ds_configs(run, configs)
+    dtype = precision(next(iter(ds_configs.values())))
+    if run.objective == "rtd" and run.model.embedding_sharing == "es" and dtype == torch.float16:
+        raise ValueError(
+            "embedding_sharing es does not go with fp16: the two loss scales differ. "
+            "Use bf16, or embedding_sharing gdes."
+        )
+    attend, reason = select_attention(run.model.attention, device=device, dtype=dtype)
+    logger.info("attention: %s", reason)
+    engines = {
+        name: initialize_engine(
+            model,
+            ds_configs[name],
+            optim=run.optim,
+            lr=peak_learning_rate(run, name),
+            total_steps=run.train.num_training_steps,
+        )
+        for name, model in build_models(run, configs, attend).items()
+    }
+    seed_rank(run.seed)
+    if run.objective == "mlm":
+        return MLMObjective(engines["model"])
+    return RTDObjective(
+        engines["generator"],
+        engines["discriminator"],
+        embedding_sharing=run.model.embedding_sharing,
+        num_tokens=tokenizer.num_tokens,
+        rtd_lambda=run.rtd.rtd_lambda,
+        temperature=run.rtd.temperature,
+    )
+
+
+def model_configs(run: PretrainConfig, tokenizer: DebertaTokenizer) -> dict[str, DebertaConfig]:
+    """The architectures of a run by engine name, with the command line's changes in them."""
+    options = run.model
+    config = load_model_config(options.model)
+    changes: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": max(config.max_position_embeddings, run.data.max_seq_length),
+    }
+    if options.relative_attention is not None:
+        changes["relative_attention"] = options.relative_attention
+        if not options.relative_attention:
+            changes["pos_att_type"] = "none"
+    if options.pos_att_type is not None:
+        changes["pos_att_type"] = options.pos_att_type
+    if options.dropout is not None:
+        changes["hidden_dropout_prob"] = options.dropout
+        changes["attention_probs_dropout_prob"] = options.dropout
+    config = DebertaConfig.from_dict(config.to_dict() | changes)
+    if run.objective == "mlm":
+        return {"model": config}
+    return {"generator": generator_config(config), "discriminator": config}
+
+
+def peak_learning_rate(run: PretrainConfig, name: str) -> float:
+    """The peak learning rate of the engine `name`."""
+    own = run.optim.discriminator_learning_rate if name == "discriminator" else None
+    return own or run.optim.learning_rate
+
+
+def build_ds_configs(
+    run: PretrainConfig, configs: dict[str, DebertaConfig]
+) -> dict[str, dict[str, Any]]:
+    """The DeepSpeed configuration of each engine."""
+    return {
+        name: load_ds_config(
+            run.deepspeed_config,
+            DeepSpeedFacts(
+                train_batch_size=run.train.train_batch_size,
+                micro_batch_size=run.train.micro_batch(world_size()),
+                hidden_size=config.hidden_size,
+                lr=peak_learning_rate(run, name),
+                optim=run.optim,
+            ),
+        )
+        for name, config in configs.items()
+    }
+
+
+def build_models(
+    run: PretrainConfig, configs: dict[str, DebertaConfig], attend: AttentionFn
+) -> dict[str, DebertaForMaskedLM | DebertaForRTD]:
+    """The models with their initial weights: fresh, or from --init_*. The same on every rank."""
+    sharing = run.model.embedding_sharing
+    models: dict[str, DebertaForMaskedLM | DebertaForRTD] = {}
+    if run.objective == "mlm":
+        models["model"] = DebertaForMaskedLM(configs["model"], attend)
+    else:
+        models["generator"] = DebertaForMaskedLM(configs["generator"], attend)
+        models["discriminator"] = DebertaForRTD(
+            configs["discriminator"], attend, embedding_sharing=sharing
+        )
+    for name, source in (
+        ("model", run.model.init_model),
+        ("generator", run.model.init_generator),
+        ("discriminator", run.model.init_discriminator),
+    ):
+        if source is not None:
+            generator = models["generator"].state_dict() if name == "discriminator" else None
+            report = load_pretrained(models[name], source, generator=generator)
+            logger.info(
+                "%s from %s: %d tensors loaded; fresh: %s; unused: %s",
+                name,
+                source,
+                len(report.loaded),
+                ", ".join(report.fresh) or "none",
+                ", ".join(report.unused) or "none",
+            )
+    for name, model in models.items():
+        count = sum(p.numel() for p in model.parameters())
+        logger.info("%s: %.1f M parameters", name, count / 1e6)
+    return models
+
+
+def build_masker(run: PretrainConfig, tokenizer: DebertaTokenizer) -> NGramMasker:
+    """RTD: every predicted token becomes [MASK]. MLM: 80% [MASK], 10% kept, 10% random."""
+    shares = (1.0, 0.0) if run.objective == "rtd" else (0.8, 0.1)
+    return NGramMasker(
+        special=tokenizer.special,
+        is_word_start=tokenizer.is_word_start,
+        num_tokens=tokenizer.num_tokens,
+        max_seq_length=run.data.max_seq_length,
+        mask_prob=run.data.mask_prob,
+        max_ngram=run.data.max_ngram,
+        mask_token_prob=shares[0],
+        keep_prob=shares[1],
+    )
+
+
+def build_train_batches(
+    run: PretrainConfig, tokenizer: DebertaTokenizer, state: TrainState
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches, one list per optimizer step, from where the training stands."""
+    micro_batch_size = run.train.micro_batch(world_size())
+    return data.build_train_batches(
+        data_dir=run.data.data_dir,
+        tokenizer=tokenizer,
+        masker=build_masker(run, tokenizer),
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=run.train.train_batch_size // (micro_batch_size * world_size()),
+        seed=run.seed,
+        rank=rank(),
+        world_size=world_size(),
+        consumed_samples=state.consumed_samples,
+        num_workers=run.data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Iterable[Batch]:
+    """This rank's share of the held-out rows."""
+    return data.build_valid_batches(
+        data_dir=run.data.data_dir,
+        tokenizer=tokenizer,
+        masker=build_masker(run, tokenizer),
+        micro_batch_size=run.train.micro_batch(world_size()),
+        seed=run.seed,
+        rank=rank(),
+        world_size=world_size(),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def build_checkpointer(
+    run: PretrainConfig, tokenizer: DebertaTokenizer, objective: Objective
+) -> Checkpointer:
+    """Checkpoints that know what they may be resumed with.
+
+    Raises:
+        ValueError: `--resume never` where there are checkpoints already.
+    """
+    configs = model_configs(run, tokenizer)
+    ds_config = next(iter(build_ds_configs(run, configs).values()))
+    models = {name: config.to_dict() for name, config in configs.items()}
+    sharing = run.model.embedding_sharing if run.objective == "rtd" else "nes"
+    optim = asdict(run.optim)
+    identity = {
+        "objective": run.objective,
+        "models": models,
+        "embedding_sharing": sharing,
+        "seed": run.seed,
+        "train_batch_size": run.train.train_batch_size,
+        "max_seq_length": run.data.max_seq_length,
+        "max_ngram": run.data.max_ngram,
+        "mask_prob": run.data.mask_prob,
+        "data": _fingerprint(Manifest.load(run.data.data_dir)),
+        "world_size": world_size(),
+        "zero_stage": zero_stage(ds_config),
+        "precision": str(precision(ds_config)),
+    } | {name: value for name, value in optim.items() if name not in _MAY_CHANGE}
+    checkpointer = Checkpointer(
+        run.output_dir,
+        keep=run.train.keep_checkpoints,
+        identity=identity,
+        contents={"models": models, "embedding_sharing": sharing},
+        vocab_file=tokenizer.vocab_file,
+    )
+    if run.resume == "never" and (latest := checkpointer.latest()):
+        raise ValueError(
+            f"{latest} exists and --resume is never; use --resume auto to go on from it, or "
+            "another --output_dir"
+        )
+    return checkpointer
+
+
+def build_metrics(
+    run: PretrainConfig, tokenizer: DebertaTokenizer, device: torch.device, state: TrainState
+) -> MetricTracker:
+    """Opens the run's folder for writing: config.json, metrics.jsonl and TensorBoard."""
+    configs = model_configs(run, tokenizer)
+    dtype = precision(next(iter(build_ds_configs(run, configs).values())))
+    length, predictions = (
+        run.data.max_seq_length,
+        round(run.data.mask_prob * run.data.max_seq_length),
+    )
+    flops = 3 * sum(
+        forward_flops(
+            config, length=length, predictions=None if name == "discriminator" else predictions
+        )
+        for name, config in configs.items()
+    )
+    if is_main():
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        (run.output_dir / "config.json").write_text(run.to_json() + "\n")
+    logger.info("configuration, also in %s:\n%s", run.output_dir / "config.json", run.to_json())
+    metrics = MetricTracker(
+        run.output_dir,
+        total_steps=run.train.num_training_steps,
+        start_step=state.step,
+        flops_per_token=flops / length,
+        peak_flops=measure_peak_flops(device, dtype) * world_size(),
+        warmup_steps=warmup_steps(run.optim, run.train.num_training_steps),
+    )
+    metrics.log_text("config", run.to_json())
+    return metrics
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    """One hash for the vocabulary and every row."""
+    digest = hashlib.sha256(manifest.tokenizer.sha256.encode())
+    for shard in manifest.splits["train"].shards:
+        digest.update(shard.sha256.encode())
+    return digest.hexdigest()

@@ -1,0 +1,257 @@
+"""The configuration of a run: composed of the parts' dataclasses, parsed from the command line.
+
+Every field is a flag of the same name; the text under a field is its help. Later wins: defaults,
+the preset's recipe, a `--config` file, the command line.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ds_deberta.optim import OptimConfig
+from ds_deberta.recipes import RECIPES, recipe
+from ds_deberta.trainer import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how it is masked."""
+
+    data_dir: Path = Path("data/demo/shards")
+    """Folder that data_tools/prepare_data.py wrote; it carries its vocabulary."""
+    max_seq_length: int = 512
+    """Tokens per row, [CLS] and [SEP] included."""
+    mask_prob: float = 0.15
+    """Share of the tokens that are predicted."""
+    max_ngram: int = 1
+    """Longest run of whole words masked together (1: single tokens; always 1 for RTD)."""
+    num_workers: int = 2
+    """Processes that mask ahead, per rank; 0: in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str
+    """Preset (see README), or path of a config.json."""
+    embedding_sharing: Literal["gdes", "es", "nes"] = "gdes"
+    """RTD: gradient-disentangled, full or no sharing of token embeddings."""
+    relative_attention: bool | None = None
+    """Relative positions in attention; default: the model's."""
+    pos_att_type: str | None = None
+    """Position terms, "c2p|p2c", "c2p", "p2c" or "none"; default: the model's."""
+    dropout: float | None = None
+    """Dropout of hidden states and attention; default: the model's."""
+    attention: Literal["auto", "reference"] = "auto"
+    """Attention implementation."""
+    init_model: Path | None = None
+    """MLM: start from these weights (a folder or file, see README)."""
+    init_generator: Path | None = None
+    """RTD: start the generator from these weights."""
+    init_discriminator: Path | None = None
+    """RTD: start the discriminator from these weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTDConfig:
+    """Replaced token detection."""
+
+    rtd_lambda: float = 10.0
+    """Weight of the discriminator's loss."""
+    temperature: float = 1.0
+    """Temperature of the generator's samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything about a run."""
+
+    objective: Literal["rtd", "mlm"]
+    """rtd: replaced token detection; mlm: masked language modeling."""
+    output_dir: Path
+    """Folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, export/."""
+    deepspeed_config: Path = Path("ds_configs/zero1_bf16.json")
+    """DeepSpeed JSON: ZeRO stage, precision, clipping, communication, offload."""
+    seed: int = 1234
+    """Of weights, order, masks, samples and dropout."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint in --output_dir, if any; never: refuse if any."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig
+    rtd: RTDConfig = field(default_factory=RTDConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.objective == "rtd" and self.data.max_ngram != 1:
+            raise ValueError(
+                f"max_ngram must be 1 for RTD, which masks single tokens; got {self.data.max_ngram}"
+            )
+        wrong = {
+            "rtd": {"init_model": self.model.init_model},
+            "mlm": {
+                "init_generator": self.model.init_generator,
+                "init_discriminator": self.model.init_discriminator,
+            },
+        }[self.objective]
+        for name, value in wrong.items():
+            if value is not None:
+                raise ValueError(f"--{name} does not go with --objective {self.objective}")
+        if self.rtd.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.rtd.temperature}")
+        if self.rtd.rtd_lambda <= 0:
+            raise ValueError(f"rtd_lambda must be positive, got {self.rtd.rtd_lambda}")
+        if self.model.dropout is not None and not 0 <= self.model.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.model.dropout}")
+
+    def to_json(self) -> str:
+        """All fields by their flags' names; `--config` reads it back."""
+        values = {name: getattr(part, name) for part, name in _leaves(self)}
+        return json.dumps(
+            {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, indent=2
+        )
+
+
+def parse(argv: Sequence[str] | None = None) -> PretrainConfig:
+    """Read the command line.
+
+    Errors in it end the program with status 2, after a line that says what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="run_pretrain.py",
+        description="Pre-train DeBERTa by masked language modeling (mlm) or replaced token "
+        "detection (rtd). --model PRESET fills in a recipe; flags win over it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="config.json of a run, to start from")
+    # The launchers add it; the LOCAL_RANK variable is what counts.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    _add_flags(parser, PretrainConfig)
+    args = vars(parser.parse_args(argv))
+    args.pop("local_rank", None)
+    config_file = args.pop("config")
+    try:
+        given = _read_config(config_file) | args if config_file else args
+        for name in ("objective", "model", "output_dir"):
+            if name not in given:
+                raise ValueError(f"--{name} must be given (presets: {preset_names()})")
+        filled = recipe(given["objective"], given["model"]) | given
+        return _build(PretrainConfig, filled)
+    except ValueError as error:
+        parser.exit(2, f"run_pretrain.py: {error}\n")
+
+
+def preset_names() -> str:
+    """All presets, by objective."""
+    return "; ".join(f"{name}: {', '.join(presets)}" for name, presets in RECIPES.items())
+
+
+def _fields(config_type: type) -> Iterator[tuple[str, Any, Any]]:
+    """(name, type, default) of every field; nested dataclasses as a field of their type."""
+    hints = typing.get_type_hints(config_type)
+    for each in dataclasses.fields(config_type):
+        yield each.name, hints[each.name], each.default
+
+
+def _leaves(config: Any) -> Iterator[tuple[Any, str]]:
+    for name, kind, _ in _fields(type(config)):
+        if dataclasses.is_dataclass(kind):
+            yield from _leaves(getattr(config, name))
+        else:
+            yield config, name
+
+
+def _build(config_type: Any, values: dict[str, Any]) -> Any:
+    """Fill a dataclass and those nested in it from flat values."""
+    arguments = {}
+    for name, kind, _ in _fields(config_type):
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, values)
+        elif name in values:
+            arguments[name] = _convert(name, kind, values[name])
+    return config_type(**arguments)
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    """A value from the command line, a recipe or a JSON file as the field's own type."""
+    options = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _convert(name, options[0], value)
+    if typing.get_origin(kind) is Literal:
+        if value not in options:
+            raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
+        return value
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "false": False}[value.lower()]
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (KeyError, TypeError, ValueError):
+        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise ValueError(
+            f"{name} must be {names.get(kind, kind.__name__)}; got {value!r}"
+        ) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {path} can not be read: {error}") from None
+    known = set(_flag_names(PretrainConfig))
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"--config {path} holds unknown settings: {', '.join(unknown)}")
+    return values
+
+
+def _flag_names(config_type: type) -> Iterator[str]:
+    for name, kind, _ in _fields(config_type):
+        if dataclasses.is_dataclass(kind):
+            yield from _flag_names(typing.cast(type, kind))
+        else:
+            yield name
+
+
+def _add_flags(parser: argparse.ArgumentParser, config_type: Any) -> None:
+    texts = _field_docs(config_type)
+    group = parser.add_argument_group(config_type.__doc__.splitlines()[0].rstrip("."))
+    nested = []
+    for name, kind, default in _fields(config_type):
+        if dataclasses.is_dataclass(kind):
+            nested.append(kind)
+            continue
+        text = texts[name].replace("%", "%%")
+        if default not in (dataclasses.MISSING, None):
+            text += f" (default: {default})"
+        choices = ", ".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else None
+        metavar = f"{{{choices}}}" if choices else getattr(kind, "__name__", "VALUE").upper()
+        # Values stay strings here: the recipe's and the file's go through the same conversion.
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, metavar=metavar)
+    for kind in nested:
+        _add_flags(parser, kind)
+
+
+def _field_docs(config_type: type) -> dict[str, str]:
+    """The string that stands under each field."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config_type)))
+    body = typing.cast(ast.ClassDef, tree.body[0]).body
+    return {
+        before.target.id: str(after.value.value)
+        for before, after in itertools.pairwise(body)
+        if isinstance(before, ast.AnnAssign)
+        and isinstance(before.target, ast.Name)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+    }

@@ -1,0 +1,311 @@
+"""What a run shows: metrics.jsonl, TensorBoard, and the console.
+
+During training everything stays on the device; `log` is the loop's only device-to-host sync.
+The x axis is the optimizer step, everywhere.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ds_deberta.distributed import gather_across_ranks, is_main, logger, sum_across_ranks
+from ds_deberta.objectives import Metrics
+
+# A discriminator whose AUC stays under this tells replaced tokens no better than chance.
+COLLAPSE_AUC = 0.55
+_AUC_WINDOW = 10
+
+_TENSORBOARD_GROUPS = {  # the first prefix that fits names the chart's group
+    "rtd_": "rtd",
+    "replaced_": "rtd",
+    "learning_rate": "optimizer",
+    "grad_norm": "optimizer",
+    "loss_scale": "optimizer",
+    "skipped_steps": "optimizer",
+    "tokens_": "speed",
+    "step_seconds": "speed",
+    "mfu": "speed",
+    "data_wait": "speed",
+    "memory": "speed",
+}
+
+
+def reduce_metrics(
+    steps: Sequence[Metrics], *, scores_of: Sequence[Metrics] = ()
+) -> dict[str, float]:
+    """Means over steps (or batches) and ranks, and the quality that follows from them. Syncs.
+
+    Args:
+        steps: what this rank measured; every rank calls with the same names.
+        scores_of: the ones whose discriminator scores go into AUC and average precision.
+
+    Returns:
+        Every mean by its name; `perplexity`; for a discriminator also `rtd_gain` (entropy of the
+        realised replacement rate minus the loss, nats), `rtd_auc`, `rtd_average_precision`.
+    """
+    names = list(steps[0].means)
+    pairs = torch.stack(
+        [
+            torch.stack([torch.stack([x.double() for x in step.means[name]]) for name in names])
+            for step in steps
+        ]
+    ).sum(0)  # [names, 2]
+    values = {
+        name: total / count if count else math.nan
+        for name, (total, count) in zip(names, sum_across_ranks(pairs).tolist(), strict=True)
+    }
+    for loss in ("generator_loss", "mlm_loss"):
+        if loss in values:
+            values["perplexity"] = math.exp(min(values[loss], 700.0))
+    if "replaced_fraction" in values:
+        values["rtd_gain"] = _entropy(values["replaced_fraction"]) - values["discriminator_loss"]
+        values |= _ranking_quality([step.scores for step in scores_of if step.scores])
+    return values
+
+
+def _entropy(p: float) -> float:
+    return -p * math.log(p) - (1 - p) * math.log(1 - p) if 0 < p < 1 else 0.0
+
+
+def _ranking_quality(scores: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
+    # Here, for it takes seconds to import, and MLM does without.
+    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+    logits = gather_across_ranks(torch.cat([logits[mask].float() for logits, _, mask in scores]))
+    replaced = gather_across_ranks(torch.cat([label[mask].int() for _, label, mask in scores]))
+    if len(replaced) == 0 or replaced.min() == replaced.max() or not logits.isfinite().all():
+        return {"rtd_auc": math.nan, "rtd_average_precision": math.nan}
+    return {
+        "rtd_auc": binary_auroc(logits, replaced).item(),
+        "rtd_average_precision": binary_average_precision(logits, replaced).item(),
+    }
+
+
+class MetricTracker:
+    """Collects what happens between two log lines and writes it out on rank 0.
+
+    Args:
+        output_dir: gets metrics.jsonl and tensorboard/.
+        total_steps: of the training, for the progress display.
+        start_step: where this process begins; later entries of an interrupted run are dropped.
+        flops_per_token: of training (forward and backward), for MFU.
+        peak_flops: matrix-product rate of all ranks together, FLOP/s, for MFU.
+        warmup_steps: a collapse is not announced earlier.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        flops_per_token: float,
+        peak_flops: float,
+        warmup_steps: int,
+    ) -> None:
+        self._total_steps = total_steps
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._warmup_steps = warmup_steps
+        self._recent_auc: deque[float] = deque(maxlen=_AUC_WINDOW)
+        self._start_window()
+        if is_main():
+            self._jsonl = output_dir / "metrics.jsonl"
+            _drop_entries_after(self._jsonl, start_step)
+            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not sys.stderr.isatty(),
+            )
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time spent in here counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here (evaluation, checkpoints) does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - start
+
+    def update(self, metrics: Metrics) -> None:
+        """Remember one step. Nothing leaves the device."""
+        if self._steps:  # the AUC is taken over the last step alone: free the others' scores
+            self._steps[-1] = replace(self._steps[-1], scores=None)
+        self._steps.append(metrics)
+
+    def log(self, step: int, engine_stats: Mapping[str, float]) -> None:
+        """Write the means since the last call. Every rank must call it.
+
+        Raises:
+            FloatingPointError: a loss is not finite, so the weights are lost.
+        """
+        values = reduce_metrics(self._steps, scores_of=self._steps[-1:])
+        tokens = sum_across_ranks(torch.stack([metrics.tokens for metrics in self._steps]).sum())
+        seconds = time.perf_counter() - self._window_start
+        tokens_per_second = tokens.item() / seconds
+        values |= engine_stats
+        values |= {
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
+            "step_seconds": seconds / len(self._steps),
+            "data_wait_fraction": self._waited / seconds,
+            "memory_gib": _peak_memory() / 2**30,
+        }
+        self._write("train", step, values)
+        if is_main():
+            self._show_progress(step, values)
+        self._check_training(step, values)
+        self._start_window()
+
+    def log_eval(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        examples: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Write one evaluation; `examples` are rows of text by what was done to them."""
+        self._write("valid", step, values)
+        if is_main():
+            self._say(f"step {step}  valid  {_format(values)}")
+            if examples:
+                rows = zip(*examples.values(), strict=True)
+                lines = [" | ".join(row) for row in (examples, ["-"] * len(examples), *rows)]
+                self._writer.add_text("examples", "\n".join(f"| {x} |" for x in lines), step)
+            self._writer.flush()
+        if step >= self._warmup_steps:
+            self._check_auc(step, values.get("rtd_auc", 1.0))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Put a text (the configuration, say) on TensorBoard's first page."""
+        if is_main():
+            self._writer.add_text(name, f"```\n{text}\n```", 0)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if is_main():
+            self._bar.close()
+            self._writer.close()
+
+    def _start_window(self) -> None:
+        self._steps: list[Metrics] = []
+        self._waited = 0.0
+        self._window_start = time.perf_counter()
+
+    def _write(self, split: str, step: int, values: Mapping[str, float]) -> None:
+        if not is_main():
+            return
+        # JSON has no NaN: an undefined value is null.
+        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with self._jsonl.open("a") as file:
+            file.write(json.dumps({"step": step, "split": split, **row}) + "\n")
+        for name, value in values.items():
+            group = next((g for p, g in _TENSORBOARD_GROUPS.items() if name.startswith(p)), "loss")
+            self._writer.add_scalar(f"{group}/{name}/{split}", value, step)
+
+    def _show_progress(self, step: int, values: Mapping[str, float]) -> None:
+        if self._bar.disable:
+            eta = (self._total_steps - step) * values["step_seconds"]
+            hours, minutes = divmod(round(eta / 60), 60)
+            self._say(
+                f"step {step}/{self._total_steps}  {_format(values)}  "
+                f"{values['tokens_per_second']:,.0f} tokens/s  ETA {hours}:{minutes:02d} h"
+            )
+        else:
+            self._bar.set_postfix_str(_format(values), refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def _say(self, line: str, level: int = logging.INFO) -> None:
+        self._bar.clear()
+        logger.log(level, line)
+
+    def _check_training(self, step: int, values: Mapping[str, float]) -> None:
+        bad = [
+            name for name in values if name.endswith("_loss") and not math.isfinite(values[name])
+        ]
+        if bad:
+            raise FloatingPointError(
+                f"{' and '.join(bad)} not finite at step {step}: the weights are lost. Go on from "
+                "the last checkpoint (--resume auto) with a lower --learning_rate, a longer "
+                "--warmup, or in bf16 or fp32 instead of fp16."
+            )
+        if "rtd_auc" in values and math.isfinite(values["rtd_auc"]):
+            self._recent_auc.append(values["rtd_auc"])
+        if step >= self._warmup_steps and len(self._recent_auc) == _AUC_WINDOW:
+            self._check_auc(step, sum(self._recent_auc) / _AUC_WINDOW)
+            self._recent_auc.clear()
+
+    def _check_auc(self, step: int, auc: float) -> None:
+        if auc < COLLAPSE_AUC and is_main():
+            self._say(
+                f"WARNING step {step}: the discriminator tells replaced tokens no better than "
+                f"chance (AUC {auc:.3f}). If it stays so it has collapsed: lower "
+                "--discriminator_learning_rate (0.3 of the generator's, say) or --learning_rate.",
+                logging.WARNING,
+            )
+            self._writer.add_text("warning", f"step {step}: AUC {auc:.3f}, near chance", step)
+
+
+def _format(values: Mapping[str, float]) -> str:
+    shown = {
+        "mlm_loss": "loss",
+        "generator_loss": "generator",
+        "discriminator_loss": "discriminator",
+        "mlm_accuracy": "accuracy",
+        "rtd_auc": "AUC",
+        "rtd_gain": "gain",
+    }
+    return "  ".join(f"{label} {values[key]:.4f}" for key, label in shown.items() if key in values)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU's allocator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _drop_entries_after(path: Path, step: int) -> None:
+    """Keep only what a resumed run will not write again."""
+    if not path.exists():
+        return
+    rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(row + "\n" for row in rows))
+    os.replace(temporary, path)
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Matrix-product rate of this device, FLOP/s: the best of some large square products."""
+    size = 8192 if device.type == "cuda" else 1024
+    own = torch.Generator(device).manual_seed(0)  # the model's random stream stays untouched
+    a = torch.randn(size, size, device=device, generator=own).to(dtype)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,138 @@
+"""The loop."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ds_deberta.checkpoint import Checkpointer, TrainState
+from ds_deberta.data import Batch, DebertaTokenizer
+from ds_deberta.metrics import MetricTracker, reduce_metrics
+from ds_deberta.objectives import Metrics, Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and what happens on the way."""
+
+    num_training_steps: int = 1_000_000
+    """Optimizer steps of the whole training."""
+    train_batch_size: int = 256
+    """Rows per optimizer step, over all processes and micro-batches."""
+    micro_batch_size: int | None = None
+    """Rows per process and forward pass; default: the largest fitting divisor up to 32."""
+    log_interval: int = 100
+    """Optimizer steps between log lines."""
+    eval_interval: int | None = None
+    """Optimizer steps between evaluations; default: --dump_interval."""
+    dump_interval: int = 10_000
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """How many checkpoints to keep, newest first; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_training_steps", "train_batch_size", "log_interval", "dump_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("micro_batch_size", "eval_interval"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_checkpoints < 0:
+            raise ValueError(f"keep_checkpoints must not be negative, got {self.keep_checkpoints}")
+
+    def micro_batch(self, world_size: int) -> int:
+        """Rows per process and forward pass.
+
+        Raises:
+            ValueError: the batch cannot be cut that way.
+        """
+        per_rank, rest = divmod(self.train_batch_size, world_size)
+        if rest or per_rank == 0:
+            raise ValueError(
+                f"train_batch_size must be a multiple of the {world_size} processes, got "
+                f"{self.train_batch_size}. Try --train_batch_size {world_size * max(1, per_rank)}."
+            )
+        if self.micro_batch_size is None:
+            return max(n for n in range(1, min(32, per_rank) + 1) if per_rank % n == 0)
+        if per_rank % self.micro_batch_size:
+            raise ValueError(
+                "train_batch_size must be a multiple of micro_batch_size x processes, got "
+                f"{self.train_batch_size} and {self.micro_batch_size} x {world_size}"
+            )
+        return self.micro_batch_size
+
+
+def train(
+    objective: Objective,
+    train_batches: Iterator[list[Batch]],
+    valid_batches: Iterable[Batch],
+    state: TrainState,
+    checkpointer: Checkpointer,
+    metrics: MetricTracker,
+    config: TrainConfig,
+    *,
+    tokenizer: DebertaTokenizer,
+    device: torch.device,
+) -> None:
+    """Train until `num_training_steps`, logging, evaluating and saving on the way."""
+    total_steps = config.num_training_steps
+    eval_interval = config.eval_interval or config.dump_interval
+    while state.step < total_steps:
+        with metrics.waiting_for_data():
+            micro_batches = [batch.to(device) for batch in next(train_batches)]
+        metrics.update(objective.train_step(micro_batches))
+        state.step += 1
+        state.consumed_samples += config.train_batch_size
+
+        last = state.step == total_steps
+        if state.step % config.log_interval == 0 or last:
+            metrics.log(state.step, engine_stats(objective))  # the loop's only sync
+        with metrics.paused():
+            if state.step % eval_interval == 0 or last:
+                values, examples = evaluate(objective, valid_batches, device)
+                metrics.log_eval(state.step, values, as_text(examples, tokenizer))
+            if state.step % config.dump_interval == 0 or last:
+                checkpointer.save(state, objective.engines)
+
+
+@torch.no_grad()
+def evaluate(
+    objective: Objective, batches: Iterable[Batch], device: torch.device
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Measure the held-out rows, each exactly once over all ranks, with dropout off.
+
+    Returns:
+        The means over all ranks, and this rank's first rows as the models saw them.
+    """
+    modules = [engine.module for engine in objective.engines.values()]
+    for module in modules:
+        module.eval()
+    measured: list[Metrics] = [objective.eval_step(batch.to(device)) for batch in batches]
+    for module in modules:
+        module.train()
+    return reduce_metrics(measured, scores_of=measured), measured[0].examples
+
+
+def engine_stats(objective: Objective) -> dict[str, float]:
+    """Learning rates, gradient norms and so on of every engine, by name.
+
+    `learning_rate` is the first engine's (the generator's); each engine's own follow as
+    `learning_rate_discriminator`, `grad_norm_generator` and the like.
+    """
+    stats: dict[str, float] = {}
+    for name, engine in objective.engines.items():
+        values = engine.stats()
+        stats.setdefault("learning_rate", values["learning_rate"])
+        stats |= {f"{key}_{name}": value for key, value in values.items()}
+    return stats
+
+
+def as_text(
+    examples: Mapping[str, torch.Tensor], tokenizer: DebertaTokenizer
+) -> dict[str, list[str]]:
+    """Rows of ids as text, without padding."""
+    pad = tokenizer.special.pad
+    return {
+        name: [tokenizer.decode(i for i in row if i != pad) for row in rows.tolist()]
+        for name, rows in examples.items()
+    }

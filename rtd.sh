@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Pre-train a generator and a discriminator by replaced token detection.
+#
+#   ./rtd.sh PRESET [flags of run_pretrain.py; they win over the preset's recipe]
+#
+# DEEPSPEED_ARGS holds options of the launcher, "--hostfile hostfiles/two_nodes" for instance.
+# Without --data_dir: the demo corpus for the nano preset, WikiText-103 for the others.
+set -euo pipefail
+cd "$(dirname "$0")"
+[ ! -d .venv ] || PATH="$PWD/.venv/bin:$PATH"
+
+python -m ds_deberta.recipes rtd "${1:-}" # no preset, or a wrong one: lists them, status 2
+preset=$1
+shift
+
+data=data/wikitext-103
+[ "$preset" != deberta-v3-nano ] || data=data/demo
+[[ " $* " == *" --data_dir"* ]] || make --silent "$data/manifest.json"
+
+# shellcheck disable=SC2086 # the launcher's options are words
+exec deepspeed --log_level warning ${DEEPSPEED_ARGS:-} run_pretrain.py --objective rtd --model "$preset" \
+    --data_dir "$data" --output_dir "runs/$preset" "$@"

@@ -1,0 +1,79 @@
+"""Pre-train DeBERTa by masked language modeling (mlm) or replaced token detection (rtd).
+
+    deepspeed run_pretrain.py --objective rtd --model deberta-v3-base --data_dir data/wikipedia \
+        --output_dir runs/base --deepspeed_config ds_configs/zero1_bf16.json
+
+Runs under `deepspeed`, `torchrun`, or as `python run_pretrain.py` for one process. `--help` lists
+the flags.
+"""
+
+import os
+import shutil
+import sys
+
+from ds_deberta import build
+from ds_deberta.config import PretrainConfig, parse
+from ds_deberta.data import load_tokenizer
+from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdown
+from ds_deberta.hf import export_checkpoint
+from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.trainer import train
+
+
+def pretrain(run: PretrainConfig) -> None:
+    """Train, evaluate and export what the configuration says, or go on where it stopped.
+
+    Raises:
+        SystemExit: status 2, with a message, for what the user can mend.
+    """
+    try:
+        device = initialize(run.seed)
+        tokenizer = load_tokenizer(run.data.data_dir)
+        build_fast_tokenizer(
+            tokenizer.vocab_file
+        )  # or else the run could end with nothing to export
+        objective = build.build_objective(run, tokenizer, device)
+        checkpointer = build.build_checkpointer(run, tokenizer, objective)
+        state = checkpointer.resume(objective.engines)
+        train_batches = build.build_train_batches(run, tokenizer, state)
+        valid_batches = build.build_valid_batches(run, tokenizer)
+        metrics = build.build_metrics(run, tokenizer, device, state)
+    except (ValueError, FileNotFoundError) as error:
+        if is_main():
+            sys.stderr.write(f"run_pretrain.py: {error}\n")
+        raise SystemExit(2) from None
+
+    was_complete = state.step >= run.train.num_training_steps
+    train(
+        objective,
+        train_batches,
+        valid_batches,
+        state,
+        checkpointer,
+        metrics,
+        run.train,
+        tokenizer=tokenizer,
+        device=device,
+    )
+    metrics.close()
+    if is_main():
+        export = run.output_dir / "export"
+        if was_complete and export.is_dir():
+            logger.info("the training was complete already")
+        else:
+            shutil.rmtree(export, ignore_errors=True)
+            last = checkpointer.latest()
+            assert last is not None  # the last step was saved
+            export_checkpoint(last, export)
+        logger.info("the models, for transformers' AutoModel: %s", export)
+        logger.info("the curves: tensorboard --logdir %s", run.output_dir / "tensorboard")
+    barrier()
+
+
+if __name__ == "__main__":
+    pretrain(parse())
+    shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Past this point only libraries' threads are left, and gloo's sometimes abort the exit.
+    os._exit(0)

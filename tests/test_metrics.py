@@ -1,0 +1,125 @@
+import json
+import math
+
+import pytest
+import torch
+
+from ds_deberta.distributed import logger
+from ds_deberta.metrics import MetricTracker, reduce_metrics
+from ds_deberta.objectives import Metrics
+
+
+def metrics(loss: float, count: float, **scores) -> Metrics:
+    pair = torch.tensor(loss * count), torch.tensor(count)
+    return Metrics({"generator_loss": pair}, tokens=torch.tensor(int(count)), **scores)
+
+
+def rtd_metrics(logits: list[float], replaced: list[bool], mask: list[bool]) -> Metrics:
+    x, y, m = (torch.tensor([value]) for value in (logits, replaced, mask))
+    each = torch.nn.functional.binary_cross_entropy_with_logits(x, y.float(), reduction="none")
+    return Metrics(
+        {
+            "discriminator_loss": ((each * m).sum(), m.sum()),
+            "replaced_fraction": ((y & m).sum(), m.sum()),
+        },
+        tokens=m.sum(),
+        scores=(x, y, m),
+    )
+
+
+@pytest.fixture
+def tracker(tmp_path):
+    return make_tracker(tmp_path)
+
+
+def make_tracker(folder, start_step=0):
+    return MetricTracker(
+        folder,
+        total_steps=100,
+        start_step=start_step,
+        flops_per_token=1e6,
+        peak_flops=1e9,
+        warmup_steps=2,
+    )
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_means_are_weighted_by_their_counts():
+    values = reduce_metrics([metrics(2.0, 10), metrics(5.0, 20)])
+    assert values["generator_loss"] == pytest.approx(4.0)
+    assert values["perplexity"] == pytest.approx(math.exp(4.0))
+
+
+def test_ranking_and_gain_equal_their_definitions():
+    """AUC by counting pairs, gain from the entropy of the realised rate; padding left out."""
+    torch.manual_seed(0)
+    logits = torch.randn(60).round(decimals=1)  # with ties
+    replaced = torch.rand(60) < torch.sigmoid(logits)
+    mask = torch.rand(60) < 0.8
+    halves = [
+        rtd_metrics(logits[a:b].tolist(), replaced[a:b].tolist(), mask[a:b].tolist())
+        for a, b in ((0, 25), (25, 60))
+    ]
+    values = reduce_metrics(halves, scores_of=halves)
+
+    good, bad = logits[mask & replaced], logits[mask & ~replaced]
+    wins = (good[:, None] > bad).double() + 0.5 * (good[:, None] == bad)
+    assert values["rtd_auc"] == pytest.approx(wins.mean().item(), abs=1e-6)
+    p = replaced[mask].double().mean().item()
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert values["rtd_gain"] == pytest.approx(entropy - values["discriminator_loss"])
+
+
+def test_quality_is_undefined_where_nothing_was_replaced():
+    step = rtd_metrics([0.1, 0.2], [False, False], [True, True])
+    values = reduce_metrics([step], scores_of=[step])
+    assert math.isnan(values["rtd_auc"])
+    assert values["rtd_gain"] < 0
+
+
+def test_a_log_covers_all_steps_since_the_last_one(tracker, tmp_path):
+    for loss in (1.0, 3.0):
+        tracker.update(metrics(loss, 10))
+    tracker.log(2, {"learning_rate": 0.5})
+    tracker.update(metrics(7.0, 10))
+    tracker.log(3, {"learning_rate": 0.25})
+    first, second = rows(tmp_path)
+    assert (first["step"], first["split"], first["generator_loss"]) == (2, "train", 2.0)
+    assert (second["generator_loss"], second["learning_rate"]) == (7.0, 0.25)
+    assert first["tokens_per_second"] > 0
+    assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 1e-3)
+
+
+def test_an_undefined_value_is_null_in_the_file(tracker, tmp_path):
+    tracker.log_eval(5, {"rtd_auc": math.nan})
+    assert rows(tmp_path) == [{"step": 5, "split": "valid", "rtd_auc": None}]
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(tracker, tmp_path):
+    for step in (10, 20, 30):
+        tracker.log_eval(step, {"generator_loss": float(step)})
+    tracker.close()
+    make_tracker(tmp_path, start_step=20).log_eval(30, {"generator_loss": -1.0})
+    assert [(row["step"], row["generator_loss"]) for row in rows(tmp_path)] == [
+        (10, 10.0),
+        (20, 20.0),
+        (30, -1.0),
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tracker):
+    tracker.update(metrics(math.nan, 10))
+    with pytest.raises(FloatingPointError, match="generator_loss not finite at step 1"):
+        tracker.log(1, {})
+
+
+@pytest.mark.parametrize(("auc", "warned"), [(0.51, True), (0.70, False)])
+def test_a_collapsed_discriminator_is_announced_after_the_warmup(tracker, caplog, auc, warned):
+    logger.propagate = True  # for caplog
+    tracker.log_eval(1, {"rtd_auc": 0.5})
+    assert "no better than chance" not in caplog.text
+    tracker.log_eval(2, {"rtd_auc": auc})
+    assert ("no better than chance" in caplog.text) == warned

@@ -1,0 +1,177 @@
+"""Whole runs, started as users start them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from ds_deberta.data import DebertaTokenizer
+from tests.launch import ROOT, clean_environment
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, status: int = 0) -> str:
+    """Run a command of this environment in the checkout; returns what it printed."""
+    environment = clean_environment() | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == status, output[-3000:]
+    return output
+
+
+def flags(data_dir: Path, model: Path, output_dir: Path, *more: str) -> list[str]:
+    return [
+        *("--model", str(model), "--data_dir", str(data_dir), "--output_dir", str(output_dir)),
+        *("--max_seq_length", "32", "--train_batch_size", "8", "--num_training_steps", "6"),
+        *("--learning_rate", "1e-3", "--warmup", "2", "--num_workers", "0"),
+        *("--log_interval", "2", "--eval_interval", "3", "--dump_interval", "3"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    data_dir: Path, tiny_model_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """An RTD run through the deepspeed launcher, in bf16."""
+    output_dir = tmp_path_factory.mktemp("runs") / "rtd"
+    before = set(os.listdir("/dev/shm"))
+    arguments = flags(data_dir, tiny_model_file, output_dir, "--objective", "rtd")
+    printed = run("deepspeed", "--master_port", "29713", "run_pretrain.py", *arguments)
+    assert set(os.listdir("/dev/shm")) <= before  # DeepSpeed would leave 66 MiB per rank
+    return output_dir, printed
+
+
+@pytest.mark.distributed
+def test_a_run_leaves_its_configuration_metrics_and_curves(finished):
+    output_dir, printed = finished
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (2, "train"),
+        (3, "valid"),
+        (4, "train"),
+        (6, "train"),
+        (6, "valid"),
+    ]
+    names = {
+        "generator_loss",
+        "discriminator_loss",
+        "mlm_accuracy",
+        "perplexity",
+        "replaced_fraction",
+        "rtd_auc",
+        "rtd_average_precision",
+        "rtd_gain",
+    }
+    assert names <= rows[1].keys()
+    speed = {"learning_rate", "tokens_per_second", "mfu", "data_wait_fraction", "memory_gib"}
+    norms = {"grad_norm_generator", "grad_norm_discriminator"}
+    assert names | speed | norms <= rows[0].keys()
+    assert json.loads((output_dir / "config.json").read_text())["learning_rate"] == 1e-3
+    assert list((output_dir / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in (output_dir / "checkpoints").iterdir()) == [
+        "step_0000003",
+        "step_0000006",
+    ]
+    assert "step 6/6" in printed
+
+
+@pytest.mark.distributed
+def test_the_export_loads_in_transformers_and_keeps_the_tokenizer(finished, data_dir):
+    output_dir, _ = finished
+    for name in ("generator", "discriminator"):
+        folder = output_dir / "export" / name
+        _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
+        text = "The old  king builds a river, and the city runs."
+        ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        assert ids[1:-1] == DebertaTokenizer(data_dir / "spm.model").encode(text)
+
+
+@pytest.mark.distributed
+def test_a_finished_run_started_again_does_nothing(finished, data_dir, tiny_model_file):
+    output_dir, _ = finished
+    before = (output_dir / "metrics.jsonl").read_text()
+    arguments = flags(data_dir, tiny_model_file, output_dir, "--objective", "rtd")
+    assert "the training was complete already" in run(sys.executable, "run_pretrain.py", *arguments)
+    assert (output_dir / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_exports_after_the_fact_to_the_same_weights(finished, tmp_path):
+    output_dir, _ = finished
+    checkpoint = output_dir / "checkpoints/step_0000006"
+    run(sys.executable, "-m", "ds_deberta.hf", str(checkpoint), str(tmp_path / "out"))
+    for name in ("generator", "discriminator"):
+        expected = load_file(output_dir / "export" / name / "model.safetensors")
+        got = load_file(tmp_path / "out" / name / "model.safetensors")
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@pytest.mark.distributed
+def test_a_run_starts_from_an_export(finished, data_dir, tiny_model_file, tmp_path):
+    """The first loss is the one that the exported models have, not a fresh model's."""
+    export = finished[0] / "export"
+    printed = run(
+        sys.executable,
+        "run_pretrain.py",
+        *flags(data_dir, tiny_model_file, tmp_path, "--objective", "rtd"),
+        *("--init_generator", str(export / "generator")),
+        *("--init_discriminator", str(export / "discriminator")),
+        *("--learning_rate", "1e-9", "--deepspeed_config", "ds_configs/zero0_fp32.json"),
+    )
+    assert "fresh: none" in printed
+    old = json.loads((finished[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    new = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    # The old run evaluated in bf16, whose rounding moves a loss of 5 by about 0.02.
+    for name in ("generator_loss", "discriminator_loss"):
+        assert new[name] == pytest.approx(old[name], abs=0.03)
+
+
+@pytest.mark.distributed
+def test_mlm_trains_on_two_processes_of_torchrun(data_dir, tiny_model_file, tmp_path):
+    run(
+        "torchrun",
+        *("--nproc_per_node", "2", "--master_port", "29714", "run_pretrain.py"),
+        *flags(data_dir, tiny_model_file, tmp_path / "run", "--objective", "mlm"),
+        *("--max_ngram", "3", "--deepspeed_config", "ds_configs/zero3_fp32.json"),
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["mlm_loss"] < rows[0]["mlm_loss"]
+    _, info = AutoModel.from_pretrained(tmp_path / "run/export/model", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+@pytest.mark.distributed
+def test_what_a_user_can_mend_ends_with_status_2(finished, data_dir, tiny_model_file, tmp_path):
+    output_dir, _ = finished
+
+    def fails(*more: str, data: Path = data_dir, out: Path = output_dir) -> str:
+        arguments = flags(data, tiny_model_file, out, "--objective", "rtd", *more)
+        printed = run(sys.executable, "run_pretrain.py", *arguments, status=2)
+        assert "Traceback" not in printed
+        return printed
+
+    assert "seed: 1234 then, 5 now" in fails("--seed", "5")
+    assert "--resume is never" in fails("--resume", "never")
+    assert "must be a folder of prepared data" in fails(data=tmp_path, out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "preset"), [("rtd.sh", "deberta-v3-base"), ("mlm.sh", "bert-base")]
+)
+@pytest.mark.parametrize("word", [None, "no-such-preset"])
+def test_scripts_list_their_presets(script, preset, word):
+    printed = run(f"./{script}", *([word] if word else []), status=2)
+    assert preset in printed
+    assert "M parameters" in printed
