@@ -123,6 +123,10 @@ class PretrainConfig:
         )
 
 
+# Checked on the command line alone: a saved configuration holds every field.
+_RTD_ONLY = {"embedding_sharing", "rtd_lambda", "temperature", "discriminator_learning_rate"}
+
+
 def parse(argv: Sequence[str] | None = None) -> PretrainConfig:
     """Read the command line.
 
@@ -146,6 +150,8 @@ def parse(argv: Sequence[str] | None = None) -> PretrainConfig:
         for name in ("objective", "model", "output_dir"):
             if name not in given:
                 raise ValueError(f"--{name} must be given (presets: {preset_names()})")
+        if given["objective"] == "mlm" and (lost := sorted(args.keys() & _RTD_ONLY)):
+            raise ValueError(f"--{lost[0]} does not go with --objective mlm")
         filled = recipe(given["objective"], given["model"]) | given
         return _build(PretrainConfig, filled)
     except ValueError as error:

@@ -80,7 +80,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 def recipe(objective: str, model: str) -> dict[str, Any]:
     """The flags of a preset; none for a model given as a path, or under the other objective."""
-    return RECIPES[objective].get(model, {})
+    return RECIPES.get(objective, {}).get(model, {})
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from ds_deberta.config import parse
 from ds_deberta.recipes import RECIPES
 from tests.launch import ROOT
 
+MLM = ["--objective", "mlm", "--model", "bert-base", "--output_dir", "runs/x"]
 RTD = ["--objective", "rtd", "--model", "deberta-v3-base", "--output_dir", "runs/x"]
 
 
@@ -39,6 +40,8 @@ def test_a_config_file_beats_the_recipe_and_the_command_line_beats_it(tmp_path):
         ([*RTD, "--relative_attention", "maybe"], "must be true or false; got 'maybe'"),
         ([*RTD, "--max_ngram", "3"], "max_ngram must be 1 for RTD"),
         ([*RTD, "--init_model", "x"], "--init_model does not go with --objective rtd"),
+        ([*MLM, "--rtd_lambda", "50"], "--rtd_lambda does not go with --objective mlm"),
+        ([*RTD, "--objective", "both"], "objective must be one of rtd, mlm; got 'both'"),
         ([*RTD, "--learning_rate", "-1"], "learning_rate must be positive"),
         ([*RTD, "--temperature", "0"], "temperature must be positive"),
         ([*RTD, "--config", "nowhere.json"], "nowhere.json can not be read"),
