@@ -56,7 +56,7 @@ def build_objective(
             "Use bf16, or embedding_sharing gdes."
         )
     attend, reason = select_attention(run.model.attention, device=device, dtype=dtype)
-    logger.info("attention: %s", reason)
+    logger.info(reason)
     engines = {
         name: initialize_engine(
             model,
