@@ -2,29 +2,33 @@
 
     python benchmarks/step.py [--rounds 5] [--only NAME]
 
-Both sides run in turn in one process, so that a noisy machine slows both. Ours: two DeepSpeed
-engines (ZeRO 1), generator, sampling, discriminator, clipping and both updates, through
-`RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent
-embeddings, torch's AdamW and the same losses, in fp32. Dropout is 0.1 on both sides.
+Each side runs in a process of its own, as its users would run it, and they take turns, so that a
+noisy machine slows all of them. Ours: two DeepSpeed engines (ds_configs/zero0_*.json), generator,
+sampling, discriminator, clipping and both updates, through `RTDObjective`. Theirs:
+DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent embeddings, torch's AdamW
+and the same losses. Dropout is 0.1 on both sides.
 
 MFU: useful matrix-product operations (model/flops.py, three forward passes) per second, as a
-share of the best 1024 x 1024 product measured in the same run and dtype.
+share of the best 1024 x 1024 product measured in the same run and dtype. Memory: the greatest
+resident size of the process, what it imports included.
 """
 
 import argparse
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 
 from ds_deberta.data import IGNORE_INDEX, Batch
-from ds_deberta.distributed import initialize, seed_everything
-from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.distributed import initialize
 from ds_deberta.kernels import select_attention
 from ds_deberta.metrics import measure_peak_flops
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD, generator_config
@@ -33,6 +37,7 @@ from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import OptimConfig
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
+MASKED = 0.15
 SHAPES = {
     # name: (discriminator, rows, length)
     "256 x 4/2, 16k words, 16 x 128": (
@@ -52,7 +57,7 @@ SHAPES = {
 
 def make_batch(rows: int, length: int, vocab_size: int) -> Batch:
     """Full rows with 15% of the tokens masked."""
-    predictions = round(0.15 * length)
+    predictions = round(MASKED * length)
     ids = torch.randint(5, vocab_size - 200, (rows, length))
     positions = torch.stack(
         [torch.randperm(length - 2)[:predictions].sort().values + 1 for _ in range(rows)]
@@ -68,8 +73,11 @@ def make_batch(rows: int, length: int, vocab_size: int) -> Batch:
     )
 
 
-def our_step(config: DebertaConfig, batch: Batch, precision: str) -> Callable[[], None]:
+def our_step(config: DebertaConfig, batch: Batch, *, precision: str) -> Callable[[], None]:
     """One optimizer step of both models on DeepSpeed engines."""
+    from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+
+    initialize(seed=0)
     optim = OptimConfig(warmup=0)
     rows = len(batch.input_ids)
     attend, _ = select_attention("auto", device=torch.device("cpu"), dtype=torch.float32)
@@ -84,7 +92,7 @@ def our_step(config: DebertaConfig, batch: Batch, precision: str) -> Callable[[]
         lr=1e-4,
         optim=optim,
     )
-    ds_config = load_ds_config(CONFIGS / f"zero1_{precision}.json", facts)
+    ds_config = load_ds_config(CONFIGS / f"zero0_{precision}.json", facts)
     engines = {
         name: initialize_engine(model, ds_config, optim=optim, lr=1e-4, total_steps=10**6)
         for name, model in models.items()
@@ -95,8 +103,9 @@ def our_step(config: DebertaConfig, batch: Batch, precision: str) -> Callable[[]
     return lambda: objective.train_step([batch]) and None
 
 
-def transformers_step(config: DebertaConfig, batch: Batch, autocast: bool) -> Callable[[], None]:
+def transformers_step(config: DebertaConfig, batch: Batch, *, autocast: bool) -> Callable[[], None]:
     """The same step from transformers' models and torch's AdamW."""
+    import transformers  # here, so that no process holds what it does not measure
 
     def their_config(ours: DebertaConfig) -> transformers.DebertaV2Config:
         return transformers.DebertaV2Config(**ours.to_dict(), num_labels=1, legacy=False)
@@ -132,55 +141,101 @@ def transformers_step(config: DebertaConfig, batch: Batch, autocast: bool) -> Ca
     return step
 
 
-def seconds_per_step(step: Callable[[], None], steps: int) -> float:
-    """Wall time of one step, over `steps` of them."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - start) / steps
+CONTENDERS: dict[str, Callable[[DebertaConfig, Batch], Callable[[], None]]] = {
+    "transformers fp32": partial(transformers_step, autocast=False),
+    "transformers bf16 autocast": partial(transformers_step, autocast=True),
+    "ours fp32": partial(our_step, precision="fp32"),
+    "ours bf16": partial(our_step, precision="bf16"),
+}
 
 
-def compare(name: str, rounds: int) -> None:
+def serve(shape: str, contender: str) -> None:
+    """Be one contender: for each line of standard input, run that many steps and tell the time."""
+    config, rows, length = SHAPES[shape]
+    torch.manual_seed(0)
+    step = CONTENDERS[contender](config, make_batch(rows, length, config.vocab_size))
+    step()  # warm up
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        seconds = (time.perf_counter() - start) / int(line)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(seconds, peak, flush=True)
+    os._exit(0)
+
+
+class Contender:
+    """A process that runs steps when asked."""
+
+    def __init__(self, shape: str, name: str) -> None:
+        self.seconds: list[float] = []
+        self.peak_bytes = 0.0
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", shape, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._read()
+
+    def run(self, steps: int) -> None:
+        """Run steps; keep the seconds of one, and the peak memory."""
+        assert self._process.stdin is not None
+        print(steps, file=self._process.stdin, flush=True)
+        seconds, peak = self._read().split()
+        self.seconds.append(float(seconds))
+        self.peak_bytes = float(peak)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a contender ended with status {self._process.wait()}; see above")
+        return line
+
+
+def compare(shape: str, rounds: int) -> None:
     """Print one table row per contender."""
-    config, rows, length = SHAPES[name]
-    seed_everything(0)
-    batch = make_batch(rows, length, config.vocab_size)
-    contenders = {
-        "transformers fp32": transformers_step(config, batch, autocast=False),
-        "transformers bf16 autocast": transformers_step(config, batch, autocast=True),
-        "ours fp32": our_step(config, batch, "fp32"),
-        "ours bf16": our_step(config, batch, "bf16"),
-    }
+    config, rows, length = SHAPES[shape]
     peak = {
         kind: measure_peak_flops(torch.device("cpu"), dtype)
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    predictions = batch.labels.shape[1]
-    flops = (
-        3
-        * rows
-        * (
-            forward_flops(generator_config(config), length=length, predictions=predictions)
-            + forward_flops(config, length=length, predictions=None)
-        )
-    )
-    times: dict[str, list[float]] = {contender: [] for contender in contenders}
-    for step in contenders.values():
-        step()  # warm up
+    flops = 3 * rows * rtd_forward_flops(config, length)
+    contenders = {name: Contender(shape, name) for name in CONTENDERS}
     for _ in range(rounds):
-        for contender, step in contenders.items():
-            times[contender].append(seconds_per_step(step, 2))
-    base = times["transformers fp32"]
-    print(f"\n{name}: {peak['fp32'] / 1e9:.0f} GFLOP/s fp32, {peak['bf16'] / 1e9:.0f} bf16\n")
-    print("| | tokens/s | ratio to transformers fp32 | share of the GEMM rate |\n|-|-|-|-|")
-    for contender, seconds in times.items():
-        median = statistics.median(seconds)
-        ratio = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
-        kind = "bf16" if "bf16" in contender else "fp32"
-        print(
-            f"| {contender} | {rows * length / median:,.0f} | {ratio:.2f} | "
-            f"{flops / median / peak[kind]:.0%} |"
+        for contender in contenders.values():
+            contender.run(2)
+    print(f"\n{shape}: {peak['fp32'] / 1e9:.0f} GFLOP/s fp32, {peak['bf16'] / 1e9:.0f} bf16\n")
+    print("| | tokens/s | ratio to transformers fp32 | share of the GEMM rate | memory |")
+    print("|-|-|-|-|-|")
+    base = contenders["transformers fp32"]
+    for name, contender in contenders.items():
+        contender.close()
+        median = statistics.median(contender.seconds)
+        ratio = statistics.median(
+            b / s for b, s in zip(base.seconds, contender.seconds, strict=True)
         )
+        kind = "bf16" if "bf16" in name else "fp32"
+        memory = contender.peak_bytes / base.peak_bytes
+        print(
+            f"| {name} | {rows * length / median:,.0f} | {ratio:.2f} | "
+            f"{flops / median / peak[kind]:.0%} | {contender.peak_bytes / 2**30:.2f} GiB "
+            f"({memory:.0%}) |"
+        )
+
+
+def rtd_forward_flops(config: DebertaConfig, length: int) -> float:
+    """Useful operations of one row's forward pass through both models."""
+    predictions = round(MASKED * length)
+    generator = forward_flops(generator_config(config), length=length, predictions=predictions)
+    return generator + forward_flops(config, length=length, predictions=None)
 
 
 def main() -> None:
@@ -188,11 +243,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--only", choices=SHAPES, help="one shape")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    initialize(seed=0)
+    if args.serve:
+        serve(*args.serve)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {_processor()}")
-    for name in [args.only] if args.only else SHAPES:
-        compare(name, args.rounds)
+    for shape in [args.only] if args.only else SHAPES:
+        compare(shape, args.rounds)
 
 
 def _processor() -> str:
@@ -202,4 +259,3 @@ def _processor() -> str:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)

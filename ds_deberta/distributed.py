@@ -3,6 +3,7 @@
 Works the same under `deepspeed`, `torchrun` and plain `python` (one process).
 """
 
+import ctypes
 import logging
 import os
 import random
@@ -16,6 +17,7 @@ from torch import Tensor
 
 logger = logging.getLogger("ds_deberta")
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,6 +49,7 @@ def initialize(seed: int) -> torch.device:
         return torch.device("cuda", local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_world_size()))
+    _keep_freed_memory()
     return torch.device("cpu")
 
 
@@ -110,6 +113,18 @@ def shutdown() -> None:
     """Leave the process group once all ranks are done."""
     barrier()
     dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Keep what a step frees for the next one, as torch does on a GPU.
+
+    glibc gives blocks over 32 MiB (a table's gradient, for one) back to the kernel, which clears
+    every page anew: a third of a step's time on a CPU. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _local_world_size() -> int:

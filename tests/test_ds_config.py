@@ -34,7 +34,7 @@ def test_every_shipped_config_resolves(path):
             load_ds_config(path, facts())
         return
     config = load_ds_config(path, facts())
-    assert "auto" not in json.dumps(config)
+    assert '"auto"' not in json.dumps(config)
     assert config["gradient_accumulation_steps"] == 8
     assert config["gradient_clipping"] == 1.0
     assert f"zero{zero_stage(config)}" in path.stem
@@ -90,6 +90,12 @@ def test_half_precision_without_zero_is_refused(tmp_path):
     """DeepSpeed 0.19.8 trains it wrongly: 0.04 off in loss after four steps, ZeRO-1 is 0.002."""
     path = write(tmp_path, bf16={"enabled": True})
     with pytest.raises(ValueError, match="bf16 without ZeRO, where DeepSpeed updates wrongly"):
+        load_ds_config(path, facts())
+
+
+def test_autocast_in_half_precision_is_refused(tmp_path):
+    path = write(tmp_path, torch_autocast={"enabled": True, "dtype": "float16"})
+    with pytest.raises(ValueError, match="skipped updates DeepSpeed does not report"):
         load_ds_config(path, facts())
 
 

@@ -106,7 +106,7 @@ def json_optimizer_config(folder: Path) -> Path:
 
 
 BF16_CASES = [
-    *(case(kind, stage, "bf16") for kind in ("mlm", "gdes", "es") for stage in (1, 2, 3)),
+    *(case(kind, stage, "bf16") for kind in ("mlm", "gdes", "es") for stage in STAGES),
     *(case("gdes", stage, "bf16_offload") for stage in (2, 3)),
 ]
 CASES = [
