@@ -1,10 +1,11 @@
-"""Disentangled attention, and the one switch between its implementations."""
+"""Disentangled attention, the one switch between its implementations, and dropout."""
 
 import torch
 
+from ds_deberta.kernels.dropout import Dropout, dropout
 from ds_deberta.kernels.reference import AttentionFn, disentangled_attention
 
-__all__ = ["AttentionFn", "disentangled_attention", "select_attention"]
+__all__ = ["AttentionFn", "Dropout", "disentangled_attention", "dropout", "select_attention"]
 
 ATTENTION_NAMES = ("auto", "reference")
 

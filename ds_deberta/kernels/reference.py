@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_deberta.kernels.dropout import dropout
+
 AttentionFn = Callable[..., Tensor]
 """A function with the signature and the meaning of `disentangled_attention`."""
 
@@ -74,7 +76,7 @@ def disentangled_attention(
     penalty = penalty.masked_fill(~key_mask, torch.finfo(scores.dtype).min)  # [B, M]
     probs = scores.mul_(scale).add_(penalty[:, None]).softmax(-1).to(v.dtype)  # [H, B, L, M]
     if dropout_p > 0.0:
-        probs = F.dropout(probs, dropout_p)
+        probs = dropout(probs, dropout_p)
     context = (probs @ v) * key_mask.any(-1)[:, None, None]  # [H, B, L, D]
     return context.transpose(0, 1)
 

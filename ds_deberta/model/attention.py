@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor, nn
 
-from ds_deberta.kernels import AttentionFn
+from ds_deberta.kernels import AttentionFn, Dropout
 from ds_deberta.model.config import DebertaConfig
 
 
@@ -27,7 +27,7 @@ class DisentangledSelfAttention(nn.Module):
             self.pos_key_proj = nn.Linear(size, size)
         if self.has_p2c and not self.share_att_key:
             self.pos_query_proj = nn.Linear(size, size)
-        self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.pos_dropout = Dropout(config.hidden_dropout_prob)
         self.dropout_prob = config.attention_probs_dropout_prob
         self.head_size = config.head_size
         self.scale = 1.0 / math.sqrt(self.head_size * (1 + len(config.pos_att_type)))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_deberta.kernels import AttentionFn, disentangled_attention
+from ds_deberta.kernels import AttentionFn, Dropout, disentangled_attention
 from ds_deberta.model.attention import DisentangledSelfAttention
 from ds_deberta.model.config import ACTIVATIONS, DebertaConfig
 from ds_deberta.model.relative import slot, slot_table
@@ -89,7 +89,7 @@ class Embeddings(nn.Module):
             if has_position_table or config.position_biased_input:
                 self.position_embeddings = table(config.max_position_embeddings, size)
         self.LayerNorm = nn.LayerNorm(size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """Return [B, L, E], the sum of the tables that feed the input."""
@@ -269,7 +269,7 @@ class Output(nn.Module):
         super().__init__()
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """Project and add."""
@@ -284,7 +284,7 @@ class ConvLayer(nn.Module):
         size, width = config.hidden_size, config.conv_kernel_size
         self.conv = nn.Conv1d(size, size, width, padding=width // 2, groups=config.conv_groups)
         self.LayerNorm = nn.LayerNorm(size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.activation = ACTIVATIONS[config.conv_act]
 
     def forward(self, embedded: Tensor, hidden: Tensor) -> Tensor:

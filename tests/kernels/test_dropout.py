@@ -1,0 +1,56 @@
+"""Dropout on the CPU: its distribution, its gradient, and what it draws from."""
+
+import math
+
+import pytest
+import torch
+
+from ds_deberta.kernels import Dropout, dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
+def test_elements_are_dropped_at_the_rate_and_the_mean_stays(p: float) -> None:
+    torch.manual_seed(0)
+    count = 400_001
+    dropped = dropout(torch.ones(count), p)
+    kept = dropped != 0
+    spread = math.sqrt(p * (1 - p) / count)
+    assert abs(kept.double().mean() - (1 - p)) < 5 * spread
+    torch.testing.assert_close(
+        dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)), rtol=2e-4, atol=0
+    )
+
+
+def test_elements_of_one_draw_are_independent() -> None:
+    torch.manual_seed(0)
+    kept = (dropout(torch.ones(100_000, 4), 0.5) != 0).double()  # a draw per row
+    correlations = torch.corrcoef(torch.cat([kept[:-1], kept[1:]], 1).T)
+    apart = correlations[~torch.eye(8, dtype=torch.bool)]
+    assert apart.abs().max() < 5 / math.sqrt(100_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_passes_where_the_value_did(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = torch.ones(7, 31, dtype=dtype, requires_grad=True)
+    dropped = dropout(values, 0.3)
+    dropped.sum().backward()
+    assert dropped.dtype == dtype
+    assert torch.equal(values.grad, dropped.detach())
+
+
+def test_nothing_and_everything_can_be_dropped() -> None:
+    values = torch.randn(5)
+    assert dropout(values, 0.0) is values
+    assert torch.equal(dropout(values, 1.0), torch.zeros(5))
+
+
+def test_it_draws_from_torchs_generator_and_only_in_training() -> None:
+    layer = Dropout(0.5)
+    values = torch.ones(64)
+    torch.manual_seed(3)
+    first = layer(values)
+    torch.manual_seed(3)
+    assert torch.equal(first, layer(values))
+    assert not torch.equal(first, layer(values))
+    assert layer.eval()(values) is values
