@@ -290,9 +290,22 @@ def _drop_entries_after(path: Path, step: int) -> None:
     """Keep only what a resumed run will not write again."""
     if not path.exists():
         return
-    rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            logger.warning("%s: dropped line %d, which a crash cut short", path, number)
+            break
+        try:
+            entry_step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {number}, must be a JSON object with a step; got {line.strip()!r}. "
+                "Repair the line or remove it, then resume."
+            ) from None
+        if entry_step <= step:
+            kept.append(line)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(row + "\n" for row in rows))
+    temporary.write_text("".join(kept))
     os.replace(temporary, path)
 
 

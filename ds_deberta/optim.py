@@ -27,8 +27,8 @@ class OptimConfig:
     """Warm-up, in optimizer steps, or as a fraction of the training if below 1."""
     lr_schedule: LrSchedule = "linear"
     """After the warm-up: linear or cosine decay, wsd (stable, then linear decay) or constant."""
-    decay_fraction: float = 0.1
-    """Share of the training in which wsd decays."""
+    decay_fraction: float | None = None
+    """Share of the training in which wsd decays; default: 0.1. For wsd only."""
     lr_end: float = 0.0
     """Learning rate at the end, as a fraction of the peak."""
     adam_beta1: float = 0.9
@@ -54,8 +54,13 @@ class OptimConfig:
             )
         if self.warmup < 0:
             raise ValueError(f"warmup must be steps or a fraction below 1, got {self.warmup}")
+        if self.decay_fraction is not None and self.lr_schedule != "wsd":
+            raise ValueError(
+                "decay_fraction belongs to the schedule wsd; got it with lr_schedule "
+                f"{self.lr_schedule}. Add --lr_schedule wsd, or leave it out."
+            )
         for name in ("adam_beta1", "adam_beta2", "decay_fraction", "lr_end"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= (getattr(self, name) or 0.0) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.max_grad_norm is not None and self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm must not be negative, got {self.max_grad_norm}")
@@ -128,7 +133,8 @@ def lr_factor(step: int, *, config: OptimConfig, total_steps: int) -> float:
         case "cosine":
             decay = 0.5 * (1.0 + math.cos(math.pi * progress))
         case "wsd":
-            decay_steps = max(1.0, config.decay_fraction * total_steps)
+            fraction = 0.1 if config.decay_fraction is None else config.decay_fraction
+            decay_steps = max(1.0, fraction * total_steps)
             decay = min(1.0, max(0.0, total_steps - step) / decay_steps)
     return config.lr_end + (1.0 - config.lr_end) * decay
 

@@ -110,6 +110,25 @@ def test_a_resumed_run_drops_what_it_will_write_again(tracker, tmp_path):
     ]
 
 
+def test_a_line_that_a_crash_cut_short_is_dropped_and_announced(tracker, tmp_path, caplog):
+    logger.propagate = True  # for caplog
+    tracker.log_eval(10, {"generator_loss": 10.0})
+    tracker.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 11, "gener')
+    make_tracker(tmp_path, start_step=10).log_eval(20, {"generator_loss": 20.0})
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
+    assert "line 2, which a crash cut short" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "[1]", '{"split": "train"}'])
+def test_a_damaged_line_is_named(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, must be a JSON object"):
+        make_tracker(tmp_path, start_step=10)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tracker):
     tracker.update(metrics(math.nan, 10))
     with pytest.raises(FloatingPointError, match="generator_loss not finite at step 1"):

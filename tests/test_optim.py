@@ -70,6 +70,7 @@ def test_adamw_is_the_written_formula(bias_correction):
         ({"learning_rate": 0}, "learning_rate must be positive"),
         ({"warmup": -1}, "warmup must be"),
         ({"adam_beta2": 1.5}, "adam_beta2 must lie in"),
+        ({"decay_fraction": 0.2}, "belongs to the schedule wsd"),
         ({"max_grad_norm": -math.inf}, "max_grad_norm must not be negative"),
     ],
 )
