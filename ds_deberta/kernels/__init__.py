@@ -2,12 +2,13 @@
 
 import torch
 
+from ds_deberta.kernels.cpu_attention import cpu_attention
 from ds_deberta.kernels.dropout import Dropout, dropout
 from ds_deberta.kernels.reference import AttentionFn, disentangled_attention
 
 __all__ = ["AttentionFn", "Dropout", "disentangled_attention", "dropout", "select_attention"]
 
-ATTENTION_NAMES = ("auto", "reference")
+ATTENTION = {"cpu": cpu_attention, "reference": disentangled_attention}
 
 
 def select_attention(
@@ -15,12 +16,23 @@ def select_attention(
 ) -> tuple[AttentionFn, str]:
     """Pick the attention function once, at start-up.
 
+    Args:
+        name: auto, or one of ATTENTION.
+        device: that the model runs on.
+        dtype: that it computes in.
+
     Returns:
         The function, and one line for the log that says what was picked and why.
     """
-    if name not in ATTENTION_NAMES:
-        choices = ", ".join(ATTENTION_NAMES)
+    kind = torch.device(device).type
+    if name != "auto" and name not in ATTENTION:
+        choices = ", ".join(("auto", *ATTENTION))
         raise ValueError(f"attention must be one of {choices}; got {name!r}. Choose one of these.")
-    where = f"{torch.device(device).type}, {str(dtype).removeprefix('torch.')}"
-    why = "as asked" if name == "reference" else "no fused kernel for this device"
-    return disentangled_attention, f"attention: reference (plain torch) on {where}: {why}"
+    if name == "cpu" and kind != "cpu":
+        raise ValueError(f"attention cpu runs on a CPU; the device is {kind}. Choose auto.")
+    why = "as asked"
+    if name == "auto":
+        name, why = ("cpu", "written for it") if kind == "cpu" else ("reference", "no fused kernel")
+    return ATTENTION[
+        name
+    ], f"attention: {name} on {kind}, {str(dtype).removeprefix('torch.')}: {why}"

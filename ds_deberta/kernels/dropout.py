@@ -24,15 +24,20 @@ def dropout(values: Tensor, p: float) -> Tensor:
 
     On a CPU p is rounded to a multiple of 2**-16, and the scale belongs to the rounded one.
     """
-    if values.device.type != "cpu":
+    if p == 0.0 or values.device.type != "cpu":
         return F.dropout(values, p)
-    return values * scaled_keep_mask(values.shape, p, dtype=values.dtype) if p > 0.0 else values
+    keep, gain = keep_mask(values.shape, p)
+    return values * keep.to(values.dtype).mul_(gain)
 
 
-def scaled_keep_mask(shape: torch.Size, p: float, *, dtype: torch.dtype) -> Tensor:
-    """Draw a mask on the CPU: zero with probability p, else 1 / (1 - p)."""
-    dropped = min(round(p * _LEVELS), _LEVELS)
+def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """Draw on the CPU what dropout keeps.
+
+    Returns:
+        A bool mask that is False with probability p, and the factor that keeps the mean.
+    """
+    dropped = round(p * _LEVELS)
     draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     levels = draws.view(torch.int16)[: shape.numel()].view(shape)  # -2**15 to 2**15 - 1
-    keep = (levels >= dropped - _LEVELS // 2) if dropped < _LEVELS else torch.zeros(shape)
-    return keep.to(dtype).mul_(_LEVELS / max(_LEVELS - dropped, 1))
+    keep = levels.ge(dropped - _LEVELS // 2) if dropped < _LEVELS else torch.zeros_like(levels) > 0
+    return keep, _LEVELS / max(_LEVELS - dropped, 1)

@@ -36,7 +36,7 @@ class DisentangledSelfAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # [B, L, E]
-        key_mask: Tensor,  # [B, L]
+        documents: Tensor,  # [B, L]
         relative: Tensor | None,  # [R, E]
         slots: Tensor | None,  # [2 * L - 1]
         query_states: Tensor | None = None,  # [B, P, E]
@@ -51,7 +51,7 @@ class DisentangledSelfAttention(nn.Module):
             pos_key,
             pos_query,
             slots=slots,
-            key_mask=key_mask,
+            documents=documents,
             query_positions=query_positions,
             scale=self.scale,
             dropout_p=self.dropout_prob if self.training else 0.0,

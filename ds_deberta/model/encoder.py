@@ -216,14 +216,14 @@ class Layer(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # [B, L, E]
-        key_mask: Tensor,  # [B, L]
+        documents: Tensor,  # [B, L]
         relative: Tensor | None,  # [R, E]
         slots: Tensor | None,  # [2 * L - 1]
         query_states: Tensor | None = None,  # [B, P, E]
         query_positions: Tensor | None = None,  # [B, P]
     ) -> Tensor:  # [B, L or P, E]
         """Run the layer; with `query_states`, these attend to `hidden` and carry the residual."""
-        attended = self.attention(hidden, key_mask, relative, slots, query_states, query_positions)
+        attended = self.attention(hidden, documents, relative, slots, query_states, query_positions)
         return self.output(self.intermediate(attended), attended)
 
 
@@ -238,14 +238,14 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # [B, L, E]
-        key_mask: Tensor,  # [B, L]
+        documents: Tensor,  # [B, L]
         relative: Tensor | None,  # [R, E]
         slots: Tensor | None,  # [2 * L - 1]
         query_states: Tensor | None = None,  # [B, P, E]
         query_positions: Tensor | None = None,  # [B, P]
     ) -> Tensor:  # [B, L or P, E]
         """Attend and add to the states that asked."""
-        context = self.self(hidden, key_mask, relative, slots, query_states, query_positions)
+        context = self.self(hidden, documents, relative, slots, query_states, query_positions)
         return self.output(context, hidden if query_states is None else query_states)
 
 

@@ -1,6 +1,7 @@
-"""The reference against the definition, written out literally in float64."""
+"""The reference and the CPU's attention against the definition, written out in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,14 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_deberta.kernels import disentangled_attention, select_attention
+from ds_deberta.kernels.cpu_attention import cpu_attention
+from ds_deberta.kernels.dropout import keep_mask
 
-BATCH, HEADS, SIZE, ROWS = 2, 3, 8, 11
+BATCH, HEADS, SIZE = 2, 3, 8
 TERMS = ["both", "c2p", "p2c", "none"]
+both = pytest.mark.parametrize(
+    "attend", [disentangled_attention, cpu_attention], ids=["reference", "cpu"]
+)
 
 
-def make_inputs(length: int, terms: str, *, queries: int | None = None, seed: int = 0) -> dict:
+def make_inputs(
+    length: int, terms: str, *, queries: int | None = None, packed: bool = False, seed: int = 0
+) -> dict:
     """Random inputs; any delta may use any row of the tables, so nothing rests on buckets."""
     rng = torch.Generator().manual_seed(seed)
+    rows = length + 2
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng, dtype=torch.float64)
@@ -24,23 +33,26 @@ def make_inputs(length: int, terms: str, *, queries: int | None = None, seed: in
         "q": draw(BATCH, HEADS, queries or length, SIZE),
         "k": draw(BATCH, HEADS, length, SIZE),
         "v": draw(BATCH, HEADS, length, SIZE),
-        "pos_key": draw(HEADS, ROWS, SIZE) if terms in ("both", "c2p") else None,
-        "pos_query": draw(HEADS, ROWS, SIZE) if terms in ("both", "p2c") else None,
+        "pos_key": draw(HEADS, rows, SIZE) if terms in ("both", "c2p") else None,
+        "pos_query": draw(HEADS, rows, SIZE) if terms in ("both", "p2c") else None,
         "slots": None,
-        "key_mask": torch.ones(BATCH, length, dtype=torch.bool),
+        "documents": torch.ones(BATCH, length, dtype=torch.bool),
         "scale": 1.0 / math.sqrt(3 * SIZE),
     }
     if terms != "none":
         limit = length + 3  # the table may know more positions than the row has
-        inputs["slots"] = torch.randint(0, ROWS, (2 * limit - 1,), generator=rng)
-    inputs["key_mask"][1, math.ceil(0.7 * length) :] = False
+        inputs["slots"] = torch.randint(0, rows, (2 * limit - 1,), generator=rng)
+    inputs["documents"][1, math.ceil(0.7 * length) :] = False
+    if packed:  # up to five documents in a row
+        lengths = torch.arange(length) * 5 // length + 1
+        inputs["documents"] = inputs["documents"] * torch.stack([lengths, lengths // 2 + 1])
     if queries is not None:
         inputs["query_positions"] = torch.randint(0, length, (BATCH, queries), generator=rng)
     return inputs
 
 
 def loop_attention(
-    q, k, v, pos_key, pos_query, *, slots, key_mask, scale, query_positions=None
+    q, k, v, pos_key, pos_query, *, slots, documents, scale, query_positions=None
 ) -> Tensor:
     """One score at a time."""
     rows = []
@@ -48,7 +60,8 @@ def loop_attention(
         for h in range(q.shape[1]):
             for i in range(q.shape[2]):
                 position = i if query_positions is None else int(query_positions[b, i])
-                keys = [j for j in range(k.shape[2]) if key_mask[b, j]]
+                own = documents[b, position]
+                keys = [j for j in range(k.shape[2]) if own and documents[b, j] == own]
                 scores = []
                 for j in keys:
                     score = q[b, h, i] @ k[b, h, j]
@@ -67,21 +80,23 @@ def loop_attention(
 
 
 def dense_attention(
-    q, k, v, pos_key, pos_query, *, slots, key_mask, scale, query_positions=None
+    q, k, v, pos_key, pos_query, *, slots, documents, scale, query_positions=None, mask=1.0
 ) -> Tensor:
     """One table row for every pair of positions; for lengths that the loop is too slow for."""
     scores = torch.einsum("bhid,bhjd->bhij", q, k)
+    positions = torch.arange(q.shape[2]).expand(q.shape[0], -1)
+    positions = positions if query_positions is None else query_positions
     if slots is not None:
-        positions = torch.arange(q.shape[2]).expand(q.shape[0], -1)
-        positions = positions if query_positions is None else query_positions
         rows = slots[positions[:, :, None] - torch.arange(k.shape[2]) + len(slots) // 2]
         for b in range(q.shape[0]):
             if pos_key is not None:
                 scores[b] += torch.einsum("hid,hijd->hij", q[b], pos_key[:, rows[b]])
             if pos_query is not None:
                 scores[b] += torch.einsum("hjd,hijd->hij", k[b], pos_query[:, rows[b]])
-    scores = (scores * scale).masked_fill(~key_mask[:, None, None], -math.inf)
-    return scores.softmax(-1) @ v
+    own = documents.gather(1, positions)
+    attended = (own[:, :, None] == documents[:, None]) & (documents != 0)[:, None]  # [B, L, M]
+    scores = (scores * scale).masked_fill(~attended[:, None], -math.inf)
+    return (scores.softmax(-1).nan_to_num(0.0) * mask) @ v
 
 
 def output_and_gradients(attend, inputs: dict, dtype=torch.float64) -> dict[str, Tensor]:
@@ -112,37 +127,49 @@ def assert_same(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: fl
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
+@both
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("length", [1, 2, 9, 17])
-def test_equals_the_triple_loop_with_every_gradient(length: int, terms: str):
-    inputs = make_inputs(length, terms)
-    ours = output_and_gradients(disentangled_attention, inputs)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_equals_the_triple_loop_with_every_gradient(attend, length: int, terms: str, packed: bool):
+    inputs = make_inputs(length, terms, packed=packed)
+    ours = output_and_gradients(attend, inputs)
     truth = output_and_gradients(loop_attention, inputs)
-    if length == 1:  # one key: the softmax is constant, and so the scores have no gradient
+    if (
+        length <= 1 + packed
+    ):  # one key for each query: the softmax is constant, and so the scores have no gradient
         torch.testing.assert_close(ours, truth, atol=1e-12, rtol=0)
     else:
         assert_same(ours, truth, 1e-12)
 
 
+@both
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("queries", [1, 6])
-def test_queries_at_given_positions_equal_the_triple_loop(queries: int, terms: str):
-    inputs = make_inputs(17, terms, queries=queries)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_queries_at_given_positions_equal_the_triple_loop(
+    attend, queries: int, terms: str, packed: bool
+):
+    inputs = make_inputs(17, terms, queries=queries, packed=packed)
     assert_same(
-        output_and_gradients(disentangled_attention, inputs),
+        output_and_gradients(attend, inputs),
         output_and_gradients(loop_attention, inputs),
         1e-12,
     )
 
 
 # 129 and 257 have no blocks of rows, 300 has two, 384 has three.
+@both
 @pytest.mark.parametrize("length", [64, 129, 257, 300, 384])
 @pytest.mark.parametrize("queries", [None, 20])
-def test_equals_the_dense_definition_at_training_lengths(length: int, queries: int | None):
-    inputs = make_inputs(length, "both", queries=queries)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_equals_the_dense_definition_at_training_lengths(
+    attend, length: int, queries: int | None, packed: bool
+):
+    inputs = make_inputs(length, "both", queries=queries, packed=packed)
     truth = output_and_gradients(dense_attention, inputs)
-    assert_same(output_and_gradients(disentangled_attention, inputs), truth, 1e-12)
-    ours = output_and_gradients(disentangled_attention, inputs, torch.float32)
+    assert_same(output_and_gradients(attend, inputs), truth, 1e-12)
+    ours = output_and_gradients(attend, inputs, torch.float32)
     assert_same(ours, truth, 2e-6)
 
 
@@ -153,8 +180,9 @@ def test_the_dense_definition_equals_the_triple_loop():
         assert_same(output_and_gradients(dense_attention, inputs), truth, 1e-12)
 
 
+@both
 @pytest.mark.parametrize("queries", [None, 20])
-def test_bf16_is_as_near_as_bf16_products_allow(queries: int | None):
+def test_bf16_is_as_near_as_bf16_products_allow(attend, queries: int | None):
     inputs = make_inputs(256, "both", queries=queries)
     inputs = {
         name: value.bfloat16().double()
@@ -162,17 +190,20 @@ def test_bf16_is_as_near_as_bf16_products_allow(queries: int | None):
         else value
         for name, value in inputs.items()
     }
-    ours = output_and_gradients(disentangled_attention, inputs, torch.bfloat16)
+    ours = output_and_gradients(attend, inputs, torch.bfloat16)
     assert {value.dtype for value in ours.values()} == {torch.bfloat16}
     assert_same(ours, output_and_gradients(dense_attention, inputs), 6e-3)
 
 
+@both
 @pytest.mark.parametrize("queries", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_without_keys_gives_zeros_and_no_gradient(queries: int | None, dtype: torch.dtype):
+def test_a_row_without_keys_gives_zeros_and_no_gradient(
+    attend, queries: int | None, dtype: torch.dtype
+):
     inputs = make_inputs(12, "both", queries=queries)
-    inputs["key_mask"][1] = False
-    ours = output_and_gradients(disentangled_attention, inputs, dtype)
+    inputs["documents"][1] = False
+    ours = output_and_gradients(attend, inputs, dtype)
     assert torch.equal(ours["output"][1], torch.zeros_like(ours["output"][1]))
     for name in ("grad q", "grad k", "grad v"):
         assert torch.equal(ours[name][1], torch.zeros_like(ours[name][1]))
@@ -180,49 +211,53 @@ def test_a_row_without_keys_gives_zeros_and_no_gradient(queries: int | None, dty
     assert all(value.isfinite().all() for value in ours.values())
 
 
-def test_masked_keys_have_no_influence_at_all():
+@both
+def test_masked_keys_have_no_influence_at_all(attend):
     inputs = make_inputs(12, "both")
-    before = output_and_gradients(disentangled_attention, inputs, torch.float32)
-    masked = ~inputs["key_mask"][:, None, :, None]
+    before = output_and_gradients(attend, inputs, torch.float32)
+    masked = ~inputs["documents"][:, None, :, None]
     assert masked.any()
     for name in ("k", "v"):
         inputs[name] = inputs[name].masked_fill(masked, 1e4)
-    after = output_and_gradients(disentangled_attention, inputs, torch.float32)
+    after = output_and_gradients(attend, inputs, torch.float32)
     assert torch.equal(before["output"], after["output"])
     for name in ("grad q", "grad pos_key", "grad pos_query"):
         torch.testing.assert_close(before[name], after[name], atol=1e-6, rtol=1e-6)
 
 
+@both
 @pytest.mark.parametrize("queries", [None, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_give_the_same_bits(queries: int | None, dtype: torch.dtype):
+def test_two_runs_give_the_same_bits(attend, queries: int | None, dtype: torch.dtype):
     inputs = make_inputs(256, "both", queries=queries)
-    first = output_and_gradients(disentangled_attention, inputs, dtype)
-    second = output_and_gradients(disentangled_attention, inputs, dtype)
+    first = output_and_gradients(attend, inputs, dtype)
+    second = output_and_gradients(attend, inputs, dtype)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_inputs_are_left_alone():
+@both
+def test_inputs_are_left_alone(attend):
     inputs = make_inputs(12, "both")
     copies = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
-    output_and_gradients(disentangled_attention, inputs)
-    disentangled_attention(**inputs)
+    output_and_gradients(attend, inputs)
+    attend(**inputs)
     assert all(torch.equal(inputs[name], value) for name, value in copies.items())
 
 
-def test_dropout_drops_probabilities_and_scales_the_rest():
+@both
+def test_dropout_drops_probabilities_and_scales_the_rest(attend):
     length, p = 64, 0.25
     zeros = torch.zeros(4, 2, length, length)
     values = torch.eye(length).expand(4, 2, -1, -1)  # the output is the matrix of probabilities
     torch.manual_seed(0)
-    output = disentangled_attention(
+    output = attend(
         zeros,
         zeros,
         values,
         None,
         None,
         slots=None,
-        key_mask=torch.ones(4, length, dtype=torch.bool),
+        documents=torch.ones(4, length, dtype=torch.bool),
         scale=1.0,
         dropout_p=p,
     )
@@ -231,22 +266,47 @@ def test_dropout_drops_probabilities_and_scales_the_rest():
     assert abs((output == 0).float().mean().item() - p) < 0.01
 
 
-def test_plain_attention_equals_torch():
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_the_backward_of_dropout_uses_the_mask_of_the_forward(packed: bool):
+    inputs = make_inputs(40, "both", packed=packed)
+    torch.manual_seed(5)
+    ours = output_and_gradients(partial(cpu_attention, dropout_p=0.25), inputs)
+    torch.manual_seed(5)
+    keep, gain = keep_mask(torch.Size((HEADS, BATCH, 40, 40)), 0.25)
+    mask = keep.transpose(0, 1).double() * gain
+    assert_same(ours, output_and_gradients(partial(dense_attention, mask=mask), inputs), 1e-12)
+
+
+def test_rows_longer_than_the_table_equal_the_triple_loop():
+    inputs = make_inputs(17, "both")
+    inputs["pos_key"], inputs["pos_query"] = inputs["pos_key"][:, :5], inputs["pos_query"][:, :5]
+    inputs["slots"] = inputs["slots"] % 5
+    truth = output_and_gradients(loop_attention, inputs)
+    assert_same(output_and_gradients(cpu_attention, inputs), truth, 1e-12)
+
+
+@both
+def test_plain_attention_equals_torch(attend):
     inputs = make_inputs(40, "none")
     truth = F.scaled_dot_product_attention(
         inputs["q"],
         inputs["k"],
         inputs["v"],
-        attn_mask=inputs["key_mask"][:, None, None],
+        attn_mask=inputs["documents"][:, None, None],
         scale=inputs["scale"],
     )
-    torch.testing.assert_close(disentangled_attention(**inputs), truth, atol=1e-12, rtol=0)
+    truth = truth * inputs["documents"][:, None, :, None]
+    torch.testing.assert_close(attend(**inputs), truth, atol=1e-12, rtol=0)
 
 
 def test_select_attention_names_its_choice():
     function, reason = select_attention("auto", device=torch.device("cpu"), dtype=torch.float32)
+    assert function is cpu_attention
+    assert reason == "attention: cpu on cpu, float32: written for it"
+    function, reason = select_attention("reference", device="cpu", dtype=torch.bfloat16)
     assert function is disentangled_attention
-    assert "reference" in reason
-    assert "\n" not in reason
-    with pytest.raises(ValueError, match="one of auto, reference; got 'fast'"):
+    assert reason.endswith("as asked")
+    with pytest.raises(ValueError, match="one of auto, cpu, reference; got 'fast'"):
         select_attention("fast", device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="attention cpu runs on a CPU; the device is cuda"):
+        select_attention("cpu", device="cuda", dtype=torch.float32)
