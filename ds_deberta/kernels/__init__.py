@@ -1,10 +1,17 @@
-"""Disentangled attention, and the one switch between its implementations."""
+"""Disentangled attention, with the one switch between its implementations; the vocabulary head."""
 
 import torch
 
+from ds_deberta.kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
 from ds_deberta.kernels.reference import AttentionFn, disentangled_attention
 
-__all__ = ["AttentionFn", "disentangled_attention", "select_attention"]
+__all__ = [
+    "AttentionFn",
+    "HeadOutput",
+    "disentangled_attention",
+    "linear_cross_entropy",
+    "select_attention",
+]
 
 ATTENTION_NAMES = ("auto", "reference")
 
