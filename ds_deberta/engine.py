@@ -199,7 +199,7 @@ class Engine:
         """The model."""
         return self._engine.module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         return self._engine(*args, **kwargs)
 

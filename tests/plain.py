@@ -49,7 +49,7 @@ def train_mlm(model: nn.Module, batches: list[Batch], *, lr: float, clip: float)
     optimizer = adamw(model, lr)
     losses = []
     for batch in batches:
-        logits = model(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+        logits = model.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
         loss = masked_lm_loss(logits, batch)
         loss.backward()
         update(model, optimizer, clip)
@@ -74,7 +74,7 @@ def train_rtd(
     table = generator.deberta.embeddings.word_embeddings  # type: ignore[union-attr]
     losses = []
     for batch in batches:
-        logits = generator(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+        logits = generator.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
         generator_loss = masked_lm_loss(logits, batch)
         corrupted = draw(logits, batch, num_tokens)
         if sharing == "es":  # one graph: the table's gradient is the sum of both losses'
@@ -96,7 +96,7 @@ def train_rtd(
 
 
 def evaluate_mlm(model: nn.Module, batch: Batch) -> dict[str, float]:
-    logits = model(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+    logits = model.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
     used = batch.labels >= 0
     right = (logits[used].argmax(-1) == batch.labels[used]).double().mean()
     return {
@@ -109,7 +109,7 @@ def evaluate_rtd(
     generator: nn.Module, discriminator: nn.Module, batch: Batch, num_tokens: int
 ) -> dict[str, float]:
     """For GDES; the AUC by counting pairs."""
-    logits = generator(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+    logits = generator.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
     corrupted = draw(logits, batch, num_tokens)
     rows = generator.deberta.embeddings.word_embeddings(corrupted)  # type: ignore[union-attr]
     found = discriminator(corrupted, batch.attention_mask, rows)

@@ -1,12 +1,21 @@
-"""Disentangled attention, the one switch between its implementations, and dropout."""
+"""Disentangled attention and the switch between its implementations, the vocabulary head, dropout."""
 
 import torch
 
 from ds_deberta.kernels.cpu_attention import cpu_attention
 from ds_deberta.kernels.dropout import Dropout, dropout
+from ds_deberta.kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
 from ds_deberta.kernels.reference import AttentionFn, disentangled_attention
 
-__all__ = ["AttentionFn", "Dropout", "disentangled_attention", "dropout", "select_attention"]
+__all__ = [
+    "AttentionFn",
+    "Dropout",
+    "HeadOutput",
+    "disentangled_attention",
+    "dropout",
+    "linear_cross_entropy",
+    "select_attention",
+]
 
 ATTENTION = {"cpu": cpu_attention, "reference": disentangled_attention}
 

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_deberta.kernels import AttentionFn, disentangled_attention
+from ds_deberta.kernels import (
+    AttentionFn,
+    HeadOutput,
+    disentangled_attention,
+    linear_cross_entropy,
+)
 from ds_deberta.model.config import ACTIVATIONS, DebertaConfig
 from ds_deberta.model.encoder import DebertaModel, EmbeddingSharing, initialize
 
@@ -35,14 +40,53 @@ class DebertaForMaskedLM(nn.Module):
         input_ids: Tensor,  # [B, L]
         attention_mask: Tensor,  # [B, L]
         predicted_positions: Tensor,  # [B, P]
-    ) -> Tensor:  # [B, P, V]
-        """Return the logits of the tokens at `predicted_positions`."""
+        labels: Tensor,  # [B, P]
+        uniforms: Tensor | None = None,  # [B, P]
+        *,
+        num_tokens: int | None = None,
+        temperature: float = 1.0,
+    ) -> HeadOutput:
+        """Predict the tokens at `predicted_positions`, and draw tokens for them.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: True where a real token is.
+            predicted_positions: What to predict.
+            labels: The tokens that are right; negative where there is nothing to predict.
+            uniforms: In [0, 1), one for each token to draw; None: draw nothing.
+            num_tokens: Only ids below it are drawn; None: all.
+            temperature: Of the tokens that are drawn.
+
+        Returns:
+            The loss, 0-d, summed over the labels; predictions and samples, [B, P] each.
+        """
         states = self.deberta(
             input_ids, attention_mask, predicted_positions=predicted_positions
         )  # [B, P, E]
         return self.lm_predictions["lm_head"](
-            states, self.deberta.embeddings.word_embeddings.weight
+            states,
+            self.deberta.embeddings.word_embeddings.weight,
+            labels,
+            uniforms,
+            num_tokens=num_tokens,
+            temperature=temperature,
         )
+
+    def logits(
+        self,
+        input_ids: Tensor,  # [B, L]
+        attention_mask: Tensor,  # [B, L]
+        predicted_positions: Tensor,  # [B, P]
+    ) -> Tensor:  # [B, P, V]
+        """Return the logits of the tokens at `predicted_positions`; training never makes them."""
+        states = self.deberta(
+            input_ids, attention_mask, predicted_positions=predicted_positions
+        )  # [B, P, E]
+        head = self.lm_predictions["lm_head"]
+        weight = self.deberta.embeddings.word_embeddings.weight
+        assert isinstance(head, LMHead)
+        assert isinstance(weight, Tensor)
+        return F.linear(head.transform(states), weight, head.bias)
 
 
 class LMHead(nn.Module):
@@ -55,10 +99,32 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, states: Tensor, word_embeddings: Tensor) -> Tensor:
-        """Map [B, P, E] and [V, E] to logits [B, P, V]."""
-        states = self.LayerNorm(self.activation(self.dense(states)))
-        return F.linear(states, word_embeddings, self.bias)
+    def forward(
+        self,
+        states: Tensor,  # [B, P, E]
+        word_embeddings: Tensor,  # [V, E]
+        labels: Tensor,  # [B, P]
+        uniforms: Tensor | None,  # [B, P]
+        *,
+        num_tokens: int | None,
+        temperature: float,
+    ) -> HeadOutput:
+        """Return the loss, 0-d; predictions and samples, [B, P] each."""
+        output = linear_cross_entropy(
+            self.transform(states).flatten(0, 1),
+            word_embeddings,
+            self.bias,
+            labels.flatten(),
+            None if uniforms is None else uniforms.flatten(),
+            num_tokens=num_tokens,
+            temperature=temperature,
+        )
+        samples = None if output.samples is None else output.samples.view_as(labels)
+        return HeadOutput(output.loss, output.predictions.view_as(labels), samples)
+
+    def transform(self, states: Tensor) -> Tensor:
+        """Map [B, P, E] to what the product with the vocabulary reads."""
+        return self.LayerNorm(self.activation(self.dense(states)))
 
 
 class DebertaForRTD(nn.Module):

@@ -25,7 +25,7 @@ class Engine(Protocol):
         """The model itself."""
         ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         ...
 

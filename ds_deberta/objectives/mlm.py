@@ -1,15 +1,15 @@
 """Masked language modeling: predict the masked tokens of a row.
 
-B batch, L length, P predicted positions, V vocabulary.
+B batch, L length, P predicted positions.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_deberta.data import IGNORE_INDEX, Batch
+from ds_deberta.kernels import HeadOutput
 from ds_deberta.objectives import EXAMPLES, Engine, Metrics, loss_weights
 
 
@@ -26,12 +26,11 @@ class MLMObjective:
         (weight,) = loss_weights(predicted.sum())
         losses, correct = [], []
         for batch in micro_batches:
-            logits = self.model(batch.input_ids, batch.attention_mask, batch.predicted_positions)
-            loss = mlm_loss(logits, batch.labels)
-            self.model.backward(loss * weight)
+            output = self._run(batch)
+            self.model.backward(output.loss * weight)
             self.model.step()
-            losses.append(loss.detach())
-            correct.append((logits.detach().argmax(-1) == batch.labels).sum())
+            losses.append(output.loss.detach())
+            correct.append((output.predictions == batch.labels).sum())
         return Metrics(
             means={
                 "mlm_loss": (torch.stack(losses).sum(), predicted.sum()),
@@ -43,33 +42,25 @@ class MLMObjective:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Metrics:
         """Loss and accuracy of one batch."""
-        logits = self.model(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+        output = self._run(batch)
         count = (batch.labels != IGNORE_INDEX).sum()
-        predictions = logits.argmax(-1)  # [B, P]
         return Metrics(
             means={
-                "mlm_loss": (mlm_loss(logits, batch.labels), count),
-                "mlm_accuracy": ((predictions == batch.labels).sum(), count),
+                "mlm_loss": (output.loss, count),
+                "mlm_accuracy": ((output.predictions == batch.labels).sum(), count),
             },
             tokens=batch.attention_mask.sum(),
             examples={
                 "original": batch.original_ids()[:EXAMPLES],
                 "masked": batch.input_ids[:EXAMPLES],
-                "predicted": fill_in(batch, predictions)[:EXAMPLES],
+                "predicted": fill_in(batch, output.predictions)[:EXAMPLES],
             },
         )
 
-
-def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over the predicted positions, in fp32, in nats.
-
-    Args:
-        logits: [B, P, V].
-        labels: [B, P] original ids, IGNORE_INDEX where unused.
-    """
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    def _run(self, batch: Batch) -> HeadOutput:
+        return self.model(
+            batch.input_ids, batch.attention_mask, batch.predicted_positions, batch.labels
+        )
 
 
 def fill_in(batch: Batch, tokens: Tensor) -> Tensor:

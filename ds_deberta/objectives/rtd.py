@@ -1,6 +1,6 @@
 """Replaced token detection: a generator fills the masks, a discriminator finds what it wrote.
 
-    masked row -> generator -> logits -> one sampled token per mask -> corrupted row
+    masked row -> generator -> one sampled token per mask -> corrupted row
     corrupted row -> discriminator -> was this token replaced?
 
 The two models share their token embeddings (`embedding_sharing`):
@@ -11,7 +11,7 @@ The two models share their token embeddings (`embedding_sharing`):
   the looked-up rows is handed over as the surrogate loss `(lookup(E_G, ids) * gradient).sum()`.
 - nes: two independent tables.
 
-B batch, L length, P predicted positions, V vocabulary, E embedding size.
+B batch, L length, P predicted positions, E embedding size.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_deberta.data import IGNORE_INDEX, Batch
+from ds_deberta.kernels import HeadOutput
 from ds_deberta.objectives import EXAMPLES, Engine, Metrics, loss_weights
-from ds_deberta.objectives.mlm import fill_in, mlm_loss
+from ds_deberta.objectives.mlm import fill_in
 
 EmbeddingSharing = Literal["gdes", "es", "nes"]
 
@@ -93,8 +94,7 @@ class RTDObjective:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Metrics:
         """Both models on one batch; the samples depend on the row and the seed alone."""
-        logits = self._generator_logits(batch)
-        corrupted = self._corrupt(batch, logits, mlm_loss(logits, batch.labels))
+        corrupted = self._corrupt(batch, self._generate(batch))
         base = self._shared_rows(corrupted.input_ids)
         metrics = self._discriminator_metrics(corrupted, self._discriminator(corrupted, base))
         examples = {
@@ -105,11 +105,10 @@ class RTDObjective:
         return replace(metrics, examples=examples)
 
     def _generator_step(self, batch: Batch, weight: Tensor) -> Corrupted:
-        logits = self._generator_logits(batch)
-        loss = mlm_loss(logits, batch.labels)
-        self.generator.backward(loss * weight)
+        output = self._generate(batch)
+        self.generator.backward(output.loss * weight)
         self.generator.step()
-        return self._corrupt(batch, logits.detach(), loss.detach())
+        return self._corrupt(batch, output)
 
     def _discriminator_step(self, corrupted: Corrupted, weight: Tensor) -> Metrics:
         with torch.no_grad():
@@ -123,9 +122,8 @@ class RTDObjective:
         self, batch: Batch, generator_weight: Tensor, discriminator_weight: Tensor
     ) -> Metrics:
         """One micro-batch of "es": the discriminator first, so that its gradient can be shared."""
-        logits = self._generator_logits(batch)
-        loss = mlm_loss(logits, batch.labels)
-        corrupted = self._corrupt(batch, logits.detach(), loss.detach())
+        output = self._generate(batch)
+        corrupted = self._corrupt(batch, output)
 
         rows = self._shared_rows(corrupted.input_ids)
         assert rows is not None
@@ -136,12 +134,20 @@ class RTDObjective:
 
         assert leaf.grad is not None
         surrogate = (rows.float() * leaf.grad.float()).sum()
-        self.generator.backward(loss * generator_weight + surrogate)
+        self.generator.backward(output.loss * generator_weight + surrogate)
         self.generator.step()
         return self._discriminator_metrics(corrupted, rtd_logits.detach())
 
-    def _generator_logits(self, batch: Batch) -> Tensor:
-        return self.generator(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+    def _generate(self, batch: Batch) -> HeadOutput:
+        return self.generator(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.predicted_positions,
+            batch.labels,
+            batch.uniforms,
+            num_tokens=self.num_tokens,
+            temperature=self.temperature,
+        )
 
     def _shared_rows(self, input_ids: Tensor) -> Tensor | None:
         """The generator's embedding rows [B, L, E], or None where nothing is shared.
@@ -156,19 +162,18 @@ class RTDObjective:
     def _discriminator(self, corrupted: Corrupted, base: Tensor | None) -> Tensor:
         return self.discriminator(corrupted.input_ids, corrupted.attention_mask, base)  # [B, L]
 
-    def _corrupt(self, batch: Batch, logits: Tensor, loss: Tensor) -> Corrupted:
-        used = batch.labels != IGNORE_INDEX  # [B, P]
-        sampled = sample(logits[..., : self.num_tokens], batch.uniforms, self.temperature)
-        input_ids = fill_in(batch, sampled)  # [B, L]
-        count = used.sum()
+    def _corrupt(self, batch: Batch, output: HeadOutput) -> Corrupted:
+        assert output.samples is not None
+        input_ids = fill_in(batch, output.samples)  # [B, L]
+        count = (batch.labels != IGNORE_INDEX).sum()
         replaced = input_ids != batch.original_ids()  # [B, L]
         return Corrupted(
             input_ids=input_ids,
             attention_mask=batch.attention_mask,
             replaced=replaced,
             metrics={
-                "generator_loss": (loss, count),
-                "mlm_accuracy": ((logits.argmax(-1) == batch.labels).sum(), count),
+                "generator_loss": (output.loss.detach(), count),
+                "mlm_accuracy": ((output.predictions == batch.labels).sum(), count),
                 "replaced_per_mask": (replaced.sum(), count),
             },
         )
@@ -186,30 +191,6 @@ class RTDObjective:
             tokens=count,
             scores=(logits, replaced, mask),
         )
-
-
-def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """Draw one token per position by inverting the softmax's cumulative distribution.
-
-    One given uniform number per position makes the draw a pure function of the sample, so that
-    it does not change with ranks, micro-batches or a resume.
-
-    Args:
-        logits: [B, P, V].
-        uniforms: [B, P] in [0, 1).
-        temperature: divides the logits.
-
-    Returns:
-        [B, P] ids.
-    """
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    cumulative = probs.cumsum(-1)  # [B, P, V]
-    total = cumulative[..., -1]
-    # A uniform number may round up to 1 in fp32: keep the target below the total, so that the
-    # token drawn always has a probability.
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms.to(total.dtype) * total, below)  # [B, P]
-    return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
 
 
 def _rtd_loss(logits: Tensor, corrupted: Corrupted) -> Tensor:

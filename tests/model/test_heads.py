@@ -48,6 +48,13 @@ def make_batch() -> tuple[Tensor, Tensor, Tensor]:
     return ids, mask, positions
 
 
+def make_labels() -> Tensor:
+    """Right tokens for `make_batch`; -100 where there is nothing to predict."""
+    labels = torch.randint(4, 60, (2, 20), generator=torch.Generator().manual_seed(3))
+    labels[1, 12:] = -100
+    return labels
+
+
 def their_encoder(config: DebertaConfig, model: nn.Module) -> transformers.DebertaV2Model:
     """The encoder of transformers around copies of our weights."""
     values = config.to_dict()
@@ -123,12 +130,33 @@ def test_masked_lm_equals_the_original_decoder_with_every_gradient(config: Deber
     model = DebertaForMaskedLM(config)
     randomize(model)
     ids, mask, positions = make_batch()
-    logits = model(ids, mask, positions)
+    logits = model.logits(ids, mask, positions)
     assert logits.shape == (2, 20, CONFIG.vocab_size)
     loss(logits).backward()
     truth, gradients = literal_masked_lm(config, model, ids, mask, positions)
     torch.testing.assert_close(logits, truth, atol=1e-4, rtol=1e-5)  # logits of about 30
     compare_gradients(model, gradients)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BERT], ids=["deberta", "bert"])
+def test_masked_lm_loss_is_that_of_its_logits_with_every_gradient(config: DebertaConfig):
+    model = DebertaForMaskedLM(config)
+    randomize(model)
+    batch, labels = make_batch(), make_labels()
+    logits = model.logits(*batch)
+    truth = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    (truth / 28).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    uniforms = torch.rand(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    output = model(*batch, labels, uniforms, num_tokens=50, temperature=0.7)
+    (output.loss / 28).backward()
+    torch.testing.assert_close(output.loss, truth, atol=0, rtol=1e-6)
+    assert torch.equal(output.predictions, logits.argmax(-1))
+    assert output.samples.shape == labels.shape
+    assert output.samples.max() < 50
+    compare_gradients(model, gradients)
+    assert model(*batch, labels).samples is None
 
 
 def test_the_decoder_is_not_the_last_layer():
@@ -146,16 +174,16 @@ def test_predicting_some_positions_equals_predicting_all(config: DebertaConfig):
     model = DebertaForMaskedLM(config)
     randomize(model)
     ids, mask, positions = make_batch()
-    everywhere = model(ids, mask, torch.arange(LENGTH).expand(2, -1))
+    everywhere = model.logits(ids, mask, torch.arange(LENGTH).expand(2, -1))
     picked = everywhere.gather(1, positions[..., None].expand(-1, -1, CONFIG.vocab_size))
-    torch.testing.assert_close(model(ids, mask, positions), picked, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(model.logits(ids, mask, positions), picked, atol=1e-4, rtol=1e-5)
 
 
 def test_only_predicted_rows_of_the_position_table_get_a_gradient():
     model = DebertaForMaskedLM(CONFIG)
     randomize(model)
     ids, mask, positions = make_batch()
-    loss(model(ids, mask, positions)).backward()
+    loss(model.logits(ids, mask, positions)).backward()
     gradient = model.deberta.embeddings.position_embeddings.weight.grad
     used = torch.cat([positions[0], positions[1, :12]]).unique()
     assert gradient.any(1).nonzero()[:, 0].tolist() == used.tolist()
@@ -296,18 +324,18 @@ def test_dropout_is_drawn_in_training_only_and_from_the_seed():
     outputs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        outputs.append(model(*batch))
+        outputs.append(model.logits(*batch))
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
     model.eval()
-    assert torch.equal(model(*batch), model(*batch))
+    assert torch.equal(model.logits(*batch), model.logits(*batch))
 
 
 def test_a_bf16_model_stays_in_bf16_and_near_fp32():
     model = DebertaForMaskedLM(CONV)
     batch = make_batch()
-    truth = model(*batch)
-    logits = model.bfloat16()(*batch)
+    truth = model.logits(*batch)
+    logits = model.bfloat16().logits(*batch)
     assert logits.dtype == torch.bfloat16
     assert (logits - truth).norm() / truth.norm() < 0.02
     loss(logits.float()).backward()
@@ -322,7 +350,7 @@ def test_two_backward_passes_give_the_same_bits():
     for _ in range(2):
         model = DebertaForMaskedLM(CONV)
         randomize(model)
-        loss(model(*make_batch())).backward()
+        model(*make_batch(), make_labels()).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
 
@@ -331,7 +359,11 @@ def test_a_model_compiles_to_one_graph():
     model = DebertaForMaskedLM(CONFIG)
     randomize(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*make_batch()), model(*make_batch()), atol=1e-4, rtol=1e-5)
+    batch = (*make_batch(), make_labels(), torch.rand(2, 20, dtype=torch.float64))
+    ours, truth = compiled(*batch), model(*batch)
+    torch.testing.assert_close(ours.loss, truth.loss, atol=1e-4, rtol=1e-5)
+    assert torch.equal(ours.predictions, truth.predictions)
+    assert torch.equal(ours.samples, truth.samples)
 
 
 def test_what_the_models_cannot_do_is_an_error():

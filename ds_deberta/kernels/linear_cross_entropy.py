@@ -1,0 +1,300 @@
+"""Loss, predictions and samples of a vocabulary head, without its [N, V] logits.
+
+The product with the vocabulary is made chunk by chunk. What stays of a chunk is its greatest
+logit, the label's logit, and the sum of exponentials of every block of 64 ids. These sums give
+the loss, and the block that a sample falls into; the logits of that block alone are then made
+again to find the sample in it. The backward pass makes each chunk's logits again, unless all of
+them are so few that they were kept.
+
+Products are in the dtype of the states or in autocast's, softmax and sums in fp32.
+
+Shapes: N rows, E hidden size, V vocabulary, C ids of a chunk, K blocks of all chunks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Ids that share one sum. More need less memory for the sums, but a longer second look."""
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+"""Logits that live at a time: on a CPU they stay in its cache, on a GPU they keep it busy."""
+
+KEPT_BYTES = 2**26
+"""Logits for the backward pass; those of a greater product are made again, chunk by chunk."""
+
+
+class HeadOutput(NamedTuple):
+    """What a vocabulary head says about its rows."""
+
+    loss: Tensor
+    """0-d: cross-entropy summed over the rows that have a label, in nats, fp32."""
+    predictions: Tensor
+    """The id of each row's greatest logit."""
+    samples: Tensor | None
+    """An id drawn for each row; None where no uniform numbers were given."""
+
+
+def linear_cross_entropy(
+    states: Tensor,  # [N, E]
+    weight: Tensor,  # [V, E]
+    bias: Tensor,  # [V]
+    labels: Tensor,  # [N]
+    uniforms: Tensor | None = None,  # [N]
+    *,
+    num_tokens: int | None = None,
+    temperature: float = 1.0,
+) -> HeadOutput:
+    """Compare the logits `states @ weight.T + bias` with labels, and draw from their softmax.
+
+    A sample inverts the cumulative distribution at one given uniform number. This makes it a pure
+    function of its row: it does not change with ranks, micro-batches or a resume.
+
+    Args:
+        states: Inputs of the product.
+        weight: Embeddings of the vocabulary.
+        bias: Bias of each id.
+        labels: The right ids; a row with a negative one has no loss.
+        uniforms: In [0, 1), fp64; None: draw nothing.
+        num_tokens: Only ids below it are drawn, though all have their part in the loss; None: all.
+        temperature: Divides the logits of the samples.
+    """
+    device = states.device.type
+    is_autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_autocast else states.dtype
+    num_tokens = len(weight) if num_tokens is None else num_tokens
+    has_backward = torch.is_grad_enabled()
+    outputs = _LinearCrossEntropy.apply(
+        states, weight, bias, labels, uniforms, num_tokens, temperature, dtype, has_backward
+    )
+    return HeadOutput(*outputs)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        labels: Tensor,
+        uniforms: Tensor | None,
+        num_tokens: int,
+        temperature: float,
+        dtype: torch.dtype,
+        has_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        kept = None
+        if has_backward and len(states) * len(weight) * dtype.itemsize <= KEPT_BYTES:
+            kept = states.new_empty(len(states) * len(weight), dtype=dtype)
+        head = _ChunkedHead(states, weight, bias, num_tokens, dtype, kept)
+        best = states.new_full((len(states),), -torch.inf, dtype=head.sum_dtype)  # [N]
+        label_logits = torch.zeros_like(best)
+        predictions = torch.zeros_like(labels)
+        sums = best.new_empty(len(states), head.chunks[-1].blocks.stop)  # [N, K] exp(x - maximum)
+        maxima = torch.empty_like(sums)  # [N, K] of the chunk that the block is in
+        is_tempered = uniforms is not None and temperature != 1.0
+        sample_sums = torch.empty_like(sums) if is_tempered else sums
+        for chunk in head.chunks:
+            logits = head.logits(chunk)  # [N, C]
+            index, is_here = _find(labels, chunk)
+            label_logits = torch.where(is_here, logits.gather(1, index)[:, 0], label_logits)
+            maximum, argmax = logits.max(-1)
+            maximum = maximum.to(best.dtype)
+            predictions = torch.where(maximum > best, argmax + chunk.start, predictions)
+            best = torch.maximum(best, maximum)
+            maxima[:, chunk.blocks] = maximum[:, None]
+            sums[:, chunk.blocks] = _block_sums(head.exp(logits, maximum))
+            if is_tempered:
+                exps = head.exp(logits, maximum, temperature)
+                sample_sums[:, chunk.blocks] = _block_sums(exps)
+        totals = (sums * (maxima - best[:, None]).exp()).sum(-1)
+        log_sums = best + totals.log()  # [N] log(sum of all exp(x))
+        loss = torch.where(labels >= 0, log_sums - label_logits, 0.0).sum()
+        samples = None
+        if uniforms is not None:
+            live = maxima[:, : _count_blocks(num_tokens)]
+            live = (live - live.amax(-1, keepdim=True)) / temperature
+            masses = sample_sums[:, : live.shape[1]] * live.exp()
+            samples = _draw(head, masses, uniforms, num_tokens, temperature)
+        ctx.save_for_backward(states, weight, bias, labels, log_sums, kept)
+        ctx.num_tokens, ctx.dtype = num_tokens, dtype
+        ctx.mark_non_differentiable(predictions, *([] if samples is None else [samples]))
+        return loss, predictions, samples
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_loss = grad_outputs[0]
+        states, weight, bias, labels, log_sums, kept = ctx.saved_tensors
+        head = _ChunkedHead(states, weight, bias, ctx.num_tokens, ctx.dtype, kept)
+        grad_states = torch.zeros_like(states, dtype=head.sum_dtype)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        scale = torch.where(labels >= 0, grad_loss, 0.0)[:, None]  # [N, 1]
+        for chunk in head.chunks:
+            logits = head.logits(chunk) if kept is None else head.part_of(kept, chunk)
+            grad = head.exp(logits, log_sums).mul_(scale)  # [N, C]
+            index, is_here = _find(labels, chunk)
+            grad.scatter_add_(1, index, torch.where(is_here[:, None], -scale, 0.0))
+            ids = slice(chunk.start, chunk.stop)
+            grad_bias[ids] = grad.sum(0)
+            grad = grad.to(ctx.dtype)
+            if weight.dtype == ctx.dtype:
+                torch.mm(grad.T, head.states, out=grad_weight[ids])
+            else:
+                grad_weight[ids] = grad.T @ head.states
+            grad_states += grad @ head.weight_of(chunk)
+        return grad_states.to(states.dtype), grad_weight, grad_bias, *[None] * 6
+
+
+class _Chunk(NamedTuple):
+    start: int
+    """Its first id."""
+    stop: int
+    """Its last id + 1."""
+    blocks: slice
+    """Its blocks of at most 64 ids."""
+
+
+class _ChunkedHead:
+    """Makes the logits of one chunk at a time, in buffers that all chunks share.
+
+    With `kept`, [N V], the chunks lie there side by side and stay.
+    """
+
+    def __init__(
+        self,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        num_tokens: int,
+        dtype: torch.dtype,
+        kept: Tensor | None,
+    ):
+        rows = len(states)
+        self.states = states.to(dtype)
+        self.weight, self.bias = weight, bias
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.chunks = _chunks(rows, num_tokens, len(weight), states.device.type)
+        width = max(chunk.stop - chunk.start for chunk in self.chunks)
+        self._kept = kept
+        self._logits = self.states.new_empty(rows * width if kept is None else 0)
+        self._exps = self.states.new_empty(rows * width, dtype=self.sum_dtype)
+
+    def logits(self, chunk: _Chunk) -> Tensor:
+        """Return [N, C] logits in the dtype of the product; the next call may overwrite them."""
+        bias = self.bias[chunk.start : chunk.stop].to(self.states.dtype)
+        if self._kept is None:
+            out = self._first(self._logits, chunk.stop - chunk.start)
+        else:
+            out = self.part_of(self._kept, chunk)
+        return torch.addmm(bias, self.states, self.weight_of(chunk).T, out=out)
+
+    def part_of(self, kept: Tensor, chunk: _Chunk) -> Tensor:
+        """Return the [N, C] logits of a chunk among all."""
+        rows = len(self.states)
+        return kept[rows * chunk.start : rows * chunk.stop].view(rows, -1)
+
+    def weight_of(self, chunk: _Chunk) -> Tensor:
+        """Return [C, E] in the dtype of the product."""
+        return self.weight[chunk.start : chunk.stop].to(self.states.dtype)
+
+    def exp(self, logits: Tensor, offsets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Exponentiate [N, C] logits less [N] offsets; the next call overwrites the result."""
+        exps = torch.sub(logits, offsets[:, None], out=self._first(self._exps, logits.shape[1]))
+        if temperature != 1.0:
+            exps /= temperature
+        return exps.exp_()
+
+    def _first(self, buffer: Tensor, width: int) -> Tensor:
+        return buffer[: len(self.states) * width].view(-1, width)
+
+
+def _chunks(rows: int, num_tokens: int, vocab_size: int, device: str) -> list[_Chunk]:
+    """Cut the vocabulary, first the ids that are drawn, then those that are not.
+
+    Block k begins at id 64 k in the first part: all its chunks but the last are whole blocks.
+    """
+    width = max(CHUNK_ELEMENTS[device] // rows // BLOCK, 1) * BLOCK
+    chunks, block = [], 0
+    for first, last in ((0, num_tokens), (num_tokens, vocab_size)):
+        for start in range(first, last, width):
+            stop = min(start + width, last)
+            next_block = block + _count_blocks(stop - start)
+            chunks.append(_Chunk(start, stop, slice(block, next_block)))
+            block = next_block
+    return chunks
+
+
+def _count_blocks(width: int) -> int:
+    return -(-width // BLOCK)
+
+
+def _block_sums(exps: Tensor) -> Tensor:
+    """Sum [N, C] over blocks, of which the last may be short."""
+    whole = exps.shape[1] // BLOCK * BLOCK
+    sums = exps[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+    if whole == exps.shape[1]:
+        return sums
+    return torch.cat([sums, exps[:, whole:].sum(-1, keepdim=True)], dim=1)
+
+
+def _find(labels: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """Return [N, 1] the label's index in a chunk, or any, and [N] whether it is there."""
+    is_here = (labels >= chunk.start) & (labels < chunk.stop)
+    return torch.where(is_here, labels - chunk.start, 0)[:, None], is_here
+
+
+def _draw(
+    head: _ChunkedHead, masses: Tensor, uniforms: Tensor, num_tokens: int, temperature: float
+) -> Tensor:
+    """Find the block of each row's sample, then the sample in it.
+
+    Args:
+        head: What made the masses.
+        masses: [N, K] of the blocks that are drawn from, up to a factor for each row.
+        uniforms: [N] in [0, 1).
+        num_tokens: Ids that are drawn.
+        temperature: Of the samples.
+    """
+    blocks, rest = _invert(masses, uniforms)
+    ids = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)  # [N, C]
+    is_live = ids < num_tokens
+    ids = torch.where(is_live, ids, 0)
+    logits = head.states.new_empty(ids.shape)
+    # As many rows at a time as make the gathered embeddings the size of a chunk.
+    group = max(CHUNK_ELEMENTS[ids.device.type] // (BLOCK * head.states.shape[1]), 1)
+    for start in range(0, len(ids), group):
+        rows = slice(start, start + group)
+        weight = head.weight[ids[rows]].to(logits.dtype)  # [rows, C, E]
+        bias = head.bias[ids[rows]].to(logits.dtype)
+        logits[rows] = torch.baddbmm(bias[..., None], weight, head.states[rows, :, None])[..., 0]
+    logits = logits.to(head.sum_dtype).masked_fill(~is_live, -torch.inf)
+    inside, _ = _invert(torch.softmax(logits / temperature, -1), rest)
+    return ids.gather(1, inside[:, None])[:, 0]
+
+
+def _invert(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Find where a uniform number falls among masses, in fp64.
+
+    Args:
+        masses: [N, C], at least one of each row above 0.
+        uniforms: [N] in [0, 1).
+
+    Returns:
+        [N] the index, whose mass is above 0, and [N] how far into it, in [0, 1).
+    """
+    cumulative = masses.double().cumsum(-1)  # [N, C]
+    # The product may round up to the total: stay below, in a mass above 0.
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniforms.double()[:, None] * total, _below(total))
+    index = torch.searchsorted(cumulative, target, right=True)
+    index = index.clamp(max=masses.shape[1] - 1)  # where a diverged model gives NaN
+    mass = masses.gather(1, index).double()
+    into = (target - (cumulative.gather(1, index) - mass)) / mass
+    return index[:, 0], into.clamp(min=0.0).minimum(_below(torch.ones_like(into)))[:, 0]
+
+
+def _below(numbers: Tensor) -> Tensor:
+    return torch.nextafter(numbers, torch.zeros_like(numbers))
