@@ -1,4 +1,4 @@
-"""Disentangled attention and the switch between its implementations, the vocabulary head, dropout."""
+"""Disentangled attention and the switch between its kinds, the vocabulary head, dropout."""
 
 import torch
 
