@@ -26,9 +26,9 @@ from ds_deberta.data import (
     ShardWriter,
     SplitInfo,
     TokenizerInfo,
-    build_train_batches,
     load_tokenizer,
 )
+from ds_deberta.data.loader import build_train_batches
 
 MAX_SEQ_LENGTH = 32
 BATCH_SIZE = 64

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ds_deberta.data import IGNORE_INDEX, Batch
+from ds_deberta.data.loader import IGNORE_INDEX, Batch
 from ds_deberta.distributed import initialize
 from ds_deberta.kernels import select_attention
 from ds_deberta.metrics import measure_peak_flops

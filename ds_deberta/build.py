@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ds_deberta import data
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.config import PretrainConfig
-from ds_deberta.data import Batch, DebertaTokenizer, Manifest, NGramMasker
+from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, loader
+from ds_deberta.data.loader import Batch
 from ds_deberta.distributed import is_main, logger, rank, seed_rank, world_size
 from ds_deberta.engine import (
     DeepSpeedFacts,
@@ -183,7 +183,7 @@ def build_train_batches(
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches, one list per optimizer step, from where the training stands."""
     micro_batch_size = run.train.micro_batch(world_size())
-    return data.build_train_batches(
+    return loader.build_train_batches(
         data_dir=run.data.data_dir,
         tokenizer=tokenizer,
         masker=build_masker(run, tokenizer),
@@ -200,7 +200,7 @@ def build_train_batches(
 
 def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Iterable[Batch]:
     """This rank's share of the held-out rows."""
-    return data.build_valid_batches(
+    return loader.build_valid_batches(
         data_dir=run.data.data_dir,
         tokenizer=tokenizer,
         masker=build_masker(run, tokenizer),

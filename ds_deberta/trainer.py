@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ds_deberta.checkpoint import Checkpointer, TrainState
-from ds_deberta.data import Batch, DebertaTokenizer
+from ds_deberta.data import DebertaTokenizer
+from ds_deberta.data.loader import Batch
 from ds_deberta.metrics import MetricTracker, reduce_metrics
 from ds_deberta.objectives import Metrics, Objective
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_deberta.data import Batch
+from ds_deberta.data.loader import Batch
 
 
 def adamw(module: nn.Module, lr: float) -> torch.optim.AdamW:

@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_deberta.data import (
-    Batch,
-    DebertaTokenizer,
-    build_train_batches,
-    build_valid_batches,
-)
+from ds_deberta.data import DebertaTokenizer
+from ds_deberta.data.loader import Batch, build_train_batches, build_valid_batches
 from ds_deberta.engine import consolidated_weights
 from tests import plain
 from tests.cases import (

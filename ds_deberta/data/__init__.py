@@ -1,12 +1,8 @@
-"""The way from prepared token ids to masked batches: shards, sampler, masking, loader."""
+"""The way from prepared token ids to masked batches: shards, sampler, masking, loader.
 
-from ds_deberta.data.loader import (
-    IGNORE_INDEX,
-    Batch,
-    MaskingCollator,
-    build_train_batches,
-    build_valid_batches,
-)
+Here is what needs no torch, for the data tools; batches of tensors come from `data.loader`.
+"""
+
 from ds_deberta.data.masking import NGramMasker
 from ds_deberta.data.sampler import ResumableSampler, permute
 from ds_deberta.data.shards import (
@@ -23,11 +19,8 @@ from ds_deberta.data.tokenizer import DebertaTokenizer, SpecialTokens
 
 __all__ = [
     "FORMAT_VERSION",
-    "IGNORE_INDEX",
-    "Batch",
     "DebertaTokenizer",
     "Manifest",
-    "MaskingCollator",
     "NGramMasker",
     "ResumableSampler",
     "ShardDataset",
@@ -36,8 +29,6 @@ __all__ = [
     "SpecialTokens",
     "SplitInfo",
     "TokenizerInfo",
-    "build_train_batches",
-    "build_valid_batches",
     "load_tokenizer",
     "permute",
 ]

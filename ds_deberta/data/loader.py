@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ds_deberta.data.masking import NGramMasker
 from ds_deberta.data.sampler import EMPTY, PaddedSequentialSampler, ResumableSampler
@@ -205,7 +205,7 @@ def _open_split(
 
 def _build_loader(
     collator: MaskingCollator,
-    sampler: Sampler[tuple[int, int]],
+    sampler: Iterable[tuple[int, int]],
     *,
     batch_size: int,
     num_workers: int,

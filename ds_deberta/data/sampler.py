@@ -9,13 +9,11 @@ Ranks take turns, so that the samples of a step do not depend on how many ranks 
 from collections.abc import Iterator
 from math import isqrt
 
-from torch.utils.data import Sampler
-
 ROUNDS = 3
 EMPTY = (-1, -1)  # stands for "no row here" in the last batches of a validation pass
 
 
-class ResumableSampler(Sampler[tuple[int, int]]):
+class ResumableSampler:
     """Yield (sample_number, row) for one rank, for ever, from `consumed_samples` on."""
 
     def __init__(
@@ -35,7 +33,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             sample_number += self.world_size
 
 
-class PaddedSequentialSampler(Sampler[tuple[int, int]]):
+class PaddedSequentialSampler:
     """Yield one rank's (row, row) of a pass over all rows, once and in order.
 
     Every rank yields as many samples, a multiple of `batch_size`; those past the end are EMPTY.

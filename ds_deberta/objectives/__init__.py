@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ds_deberta.data import Batch
+from ds_deberta.data.loader import Batch
 from ds_deberta.distributed import sum_across_ranks, world_size
 
 

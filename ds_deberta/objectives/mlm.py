@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_deberta.data import IGNORE_INDEX, Batch
+from ds_deberta.data.loader import IGNORE_INDEX, Batch
 from ds_deberta.kernels import HeadOutput
 from ds_deberta.objectives import EXAMPLES, Engine, Metrics, loss_weights
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_deberta.data import IGNORE_INDEX, Batch
+from ds_deberta.data.loader import IGNORE_INDEX, Batch
 from ds_deberta.kernels import HeadOutput
 from ds_deberta.objectives import EXAMPLES, Engine, Metrics, loss_weights
 from ds_deberta.objectives.mlm import fill_in

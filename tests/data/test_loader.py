@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ds_deberta.data import (
+from ds_deberta.data import DebertaTokenizer, ShardDataset
+from ds_deberta.data.loader import (
     IGNORE_INDEX,
     Batch,
-    DebertaTokenizer,
     MaskingCollator,
-    ShardDataset,
     build_train_batches,
     build_valid_batches,
 )

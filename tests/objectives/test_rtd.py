@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_deberta.data import IGNORE_INDEX, Batch, DebertaTokenizer
+from ds_deberta.data import DebertaTokenizer
+from ds_deberta.data.loader import IGNORE_INDEX, Batch
 from ds_deberta.kernels import HeadOutput
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ds_deberta.data import build_train_batches, build_valid_batches, load_tokenizer
+from ds_deberta.data import load_tokenizer
+from ds_deberta.data.loader import build_train_batches, build_valid_batches
 from ds_deberta.distributed import initialize, is_main, rank, shutdown, world_size
 from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
 from ds_deberta.metrics import reduce_metrics
