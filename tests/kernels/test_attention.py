@@ -244,9 +244,16 @@ def test_plain_attention_equals_torch():
 
 
 def test_select_attention_names_its_choice():
-    function, reason = select_attention("auto", device=torch.device("cpu"), dtype=torch.float32)
+    function, reason = select_attention(
+        "auto", device=torch.device("cpu"), dtype=torch.float32, head_size=64
+    )
     assert function is disentangled_attention
     assert "reference" in reason
     assert "\n" not in reason
-    with pytest.raises(ValueError, match="one of auto, reference; got 'fast'"):
-        select_attention("fast", device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="one of auto, reference, triton; got 'fast'"):
+        select_attention("fast", device="cpu", dtype=torch.float32, head_size=64)
+
+
+def test_triton_where_it_cannot_run_says_what_is_missing():
+    with pytest.raises(ValueError, match=r"a CUDA device; got cpu\. Use --attention auto"):
+        select_attention("triton", device="cpu", dtype=torch.float32, head_size=64)
