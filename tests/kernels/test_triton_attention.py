@@ -377,7 +377,8 @@ def test_the_operators_are_what_torch_expects(case: Case):
 
 @pytest.mark.parametrize("queries", [None, 6])
 def test_compiles_into_one_graph(queries: int | None):
-    case = Case(length=20, queries=queries, dropout_p=0.1)
+    # Inductor draws from a generator of its own.
+    case = Case(length=20, queries=queries, dropout_p=0.0 if DEVICE == "cuda" else 0.1)
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(disentangled_attention, fullgraph=True, backend=backend)
     results = output_and_gradients(
@@ -427,7 +428,7 @@ def assert_fit_for_tensor_cores(report: dict[str, dict[str, dict[str, int]]]) ->
 
 
 def test_the_usual_blocks_compile_for_hopper_without_spills(tmp_path: Path):
-    assert_fit_for_tensor_cores(compile_for(["sm_90 bfloat16 64 0.1"], tmp_path))
+    assert_fit_for_tensor_cores(compile_for(["sm_90 bfloat16 64 0.1 full"], tmp_path))
 
 
 @pytest.mark.slow
@@ -435,6 +436,15 @@ def test_the_usual_blocks_compile_for_hopper_without_spills(tmp_path: Path):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_all_16_bit_blocks_compile_without_spills(arch: str, dtype: str, tmp_path: Path):
     cases = [
-        f"{arch} {dtype} {size} {p}" for size in triton_attention.HEAD_SIZES for p in (0.0, 0.1)
+        f"{arch} {dtype} {size} {p} full"
+        for size in triton_attention.HEAD_SIZES
+        for p in (0.0, 0.1)
     ]
     assert_fit_for_tensor_cores(compile_for(cases, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_queries_of_odd_lengths_compile(arch: str, tmp_path: Path):
+    report = compile_for([f"{arch} bfloat16 64 0.1 odd", f"{arch} float32 64 0.1 odd"], tmp_path)
+    assert all(len(kernels) == 12 for kernels in report.values())

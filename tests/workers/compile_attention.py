@@ -1,7 +1,8 @@
 """Compile for GPUs that are not here whatever one call of the Triton attention launches.
 
-python compile_attention.py FILE CASE ...; each CASE is "sm_90 bfloat16 64 0.1": target, dtype,
-head size, dropout. Writes one JSON object: for each case and kernel, what the assembler says of it.
+python compile_attention.py FILE CASE ...; each CASE is "sm_90 bfloat16 64 0.1 full": target, dtype,
+head size, dropout, and "full" (512 positions) or "odd" (77 queries of their own, 300 positions).
+Writes one JSON object: for each case and kernel, what the assembler says of it.
 
 It must run without TRITON_INTERPRET, so the tests run it as a process of its own.
 """
@@ -33,7 +34,7 @@ TYPES = {
 KERNELS = [name for name in vars(triton_attention) if name.endswith("_kernel")]
 
 
-def launches(dtype: torch.dtype, size: int, dropout_p: float) -> list[tuple]:
+def launches(dtype: torch.dtype, size: int, dropout_p: float, shape: str) -> list[tuple]:
     """Record what a forward and backward pass of a packed batch would launch."""
     recorded = []
 
@@ -43,8 +44,13 @@ def launches(dtype: torch.dtype, size: int, dropout_p: float) -> list[tuple]:
 
         return MagicMock(__getitem__=Mock(side_effect=launcher))
 
-    length, heads, batch = 512, 2, 2
-    states = [torch.zeros(batch, heads, length, size, dtype=dtype, requires_grad=True)] * 3
+    heads, batch = 2, 2
+    length, queries = (512, 512) if shape == "full" else (300, 77)
+    states = [
+        torch.zeros(batch, heads, rows, size, dtype=dtype, requires_grad=True)
+        for rows in (queries, length, length)
+    ]
+    positions = None if shape == "full" else torch.zeros(batch, queries, dtype=torch.int64)
     tables = [torch.zeros(heads, 8, size, dtype=dtype, requires_grad=True)] * 2
     recorders = {name: recorder(getattr(triton_attention, name)) for name in KERNELS}
     with patch.multiple(triton_attention, **recorders):
@@ -53,6 +59,7 @@ def launches(dtype: torch.dtype, size: int, dropout_p: float) -> list[tuple]:
             *tables,
             slots=torch.zeros(2 * length - 1, dtype=torch.int64),
             documents=torch.ones(batch, length, dtype=torch.int32),
+            query_positions=positions,
             scale=1.0,
             dropout_p=dropout_p,
         ).sum().backward()
@@ -113,10 +120,11 @@ def describe(compiled) -> dict[str, int]:
 def main() -> None:
     report: dict[str, dict] = {}
     for case in sys.argv[2:]:
-        arch, dtype, size, dropout_p = case.split()
+        arch, dtype, size, dropout_p, shape = case.split()
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
         report[case] = {}
-        for kernel, args, flags in launches(getattr(torch, dtype), int(size), float(dropout_p)):
+        problem = (getattr(torch, dtype), int(size), float(dropout_p), shape)
+        for kernel, args, flags in launches(*problem):
             name = kernel.__name__ + ("" if flags.get("SIGN", 1) == 1 else " of keys")
             if name not in report[case]:
                 report[case][name] = describe(compile_launch(kernel, args, flags, target))
