@@ -134,6 +134,13 @@ def run_triton(problem: Problem) -> Tensor:
     return triton_attention.disentangled_attention(*problem.states, **problem.options)
 
 
+def run_cpu(problem: Problem) -> Tensor:
+    """This project's function for the CPU."""
+    from ds_deberta.kernels.cpu_attention import cpu_attention
+
+    return cpu_attention(*problem.states, **problem.options)
+
+
 def run_flex(problem: Problem) -> Tensor:
     """PyTorch's FlexAttention, compiled, over both position scores."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -205,6 +212,7 @@ def compiled(function: Callable) -> Callable:
 CONTENDERS: dict[str, Callable[[Problem], Tensor]] = {
     "triton": run_triton,
     "reference": run_reference,
+    "cpu": run_cpu,
     "eager": run_eager,
     "eager, compiled": lambda problem: compiled(run_eager)(problem),
     "dense bias + SDPA": run_dense_bias,
@@ -213,7 +221,7 @@ CONTENDERS: dict[str, Callable[[Problem], Tensor]] = {
     "DisentangledFlash": run_disentangled_flash,
     LOWER_BOUND: run_plain,
 }
-ON_CPU = ("reference", "eager", "dense bias + SDPA", LOWER_BOUND)
+ON_CPU = ("cpu", "reference", "eager", "dense bias + SDPA", LOWER_BOUND)
 
 
 def check(run: Callable[[Problem], Tensor], shape: str, fill: float, dtype, device: str) -> None:
@@ -301,7 +309,7 @@ def main() -> None:
     parser.add_argument("--only", default=None, help="contenders, separated by commas")
     parser.add_argument("--dtypes", default="bfloat16,float16" if device == "cuda" else "float32")
     options = parser.parse_args()
-    names = list(CONTENDERS if device == "cuda" else ON_CPU)
+    names = [name for name in CONTENDERS if name != "cpu"] if device == "cuda" else list(ON_CPU)
     if options.only:
         names = [name for name in names if name in options.only.split(",")]
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"

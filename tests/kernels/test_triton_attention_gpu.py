@@ -134,8 +134,8 @@ def losses(attend, seed: int) -> torch.Tensor:
         mask[-4:, 90:] = False
         labels = ids.gather(1, positions)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            logits = model(ids.scatter(1, positions, 4), mask, positions)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            loss = model(ids.scatter(1, positions, 4), mask, positions, labels).loss
+        loss = loss / labels.numel()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
