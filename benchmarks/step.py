@@ -80,7 +80,9 @@ def our_step(config: DebertaConfig, batch: Batch, *, precision: str) -> Callable
     initialize(seed=0)
     optim = OptimConfig(warmup=0)
     rows = len(batch.input_ids)
-    attend, _ = select_attention("auto", device=torch.device("cpu"), dtype=torch.float32)
+    attend, _ = select_attention(
+        "auto", device="cpu", dtype=torch.float32, head_size=config.head_size
+    )
     models = {
         "generator": DebertaForMaskedLM(generator_config(config), attend),
         "discriminator": DebertaForRTD(config, attend, embedding_sharing="gdes"),

@@ -55,7 +55,12 @@ def build_objective(
             "embedding_sharing es does not go with fp16: the two loss scales differ. "
             "Use bf16, or embedding_sharing gdes."
         )
-    attend, reason = select_attention(run.model.attention, device=device, dtype=dtype)
+    attend, reason = select_attention(
+        run.model.attention,
+        device=device,
+        dtype=dtype,
+        head_size=next(iter(configs.values())).head_size,  # a generator is as wide
+    )
     logger.info(reason)
     engines = {
         name: initialize_engine(

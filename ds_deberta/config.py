@@ -53,8 +53,8 @@ class ModelConfig:
     """Position terms, "c2p|p2c", "c2p", "p2c" or "none"; default: the model's."""
     dropout: float | None = None
     """Dropout of hidden states and attention; default: the model's."""
-    attention: Literal["auto", "reference"] = "auto"
-    """Attention implementation."""
+    attention: Literal["auto", "cpu", "reference", "triton"] = "auto"
+    """Attention: triton (fused, CUDA), cpu, reference (plain torch), or what suits the device."""
     init_model: Path | None = None
     """MLM: start from these weights (a folder or file, see README)."""
     init_generator: Path | None = None

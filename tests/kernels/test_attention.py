@@ -300,13 +300,22 @@ def test_plain_attention_equals_torch(attend):
 
 
 def test_select_attention_names_its_choice():
-    function, reason = select_attention("auto", device=torch.device("cpu"), dtype=torch.float32)
+    function, reason = select_attention("auto", device="cpu", dtype=torch.float32, head_size=64)
     assert function is cpu_attention
-    assert reason == "attention: cpu on cpu, float32: written for it"
-    function, reason = select_attention("reference", device="cpu", dtype=torch.bfloat16)
+    assert reason == "attention: cpu on cpu, float32, heads of 64: written for it"
+    function, reason = select_attention(
+        "reference", device=torch.device("cpu"), dtype=torch.bfloat16, head_size=8
+    )
     assert function is disentangled_attention
     assert reason.endswith("as asked")
-    with pytest.raises(ValueError, match="one of auto, cpu, reference; got 'fast'"):
-        select_attention("fast", device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match="attention cpu runs on a CPU; the device is cuda"):
-        select_attention("cpu", device="cuda", dtype=torch.float32)
+    with pytest.raises(ValueError, match="one of auto, cpu, reference, triton; got 'fast'"):
+        select_attention("fast", device="cpu", dtype=torch.float32, head_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "missing"),
+    [("triton", "cpu", "a CUDA device; got cpu"), ("cpu", "cuda", "a CPU; got cuda")],
+)
+def test_an_attention_that_cannot_run_says_what_is_missing(name: str, device: str, missing: str):
+    with pytest.raises(ValueError, match=rf"attention {name} needs {missing}\. Use .* auto"):
+        select_attention(name, device=device, dtype=torch.float32, head_size=64)

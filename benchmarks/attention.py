@@ -1,0 +1,352 @@
+"""Disentangled attention alone: every implementation at hand, forward and backward, one table.
+
+    python benchmarks/attention.py [--shapes 32x12x512] [--only triton,eager]
+
+Each contender is first compared with a float64 definition. Time is the median of runs with a cold
+L2 cache. TFLOP/s counts 2U + 2G forward and 5U + 6G backward, where U = 2 B H L^2 D and
+G = 2 B H L R D; its share is that of the best large matrix product of the same run. Without CUDA,
+a few small shapes and what runs on a CPU.
+
+"70%": rows are padded to lengths between 40% and 100%. FlashDeBERTa has no dropout at all, and
+plain SDPA no positions: it is the lower bound, with the operations that it has.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_deberta.kernels import disentangled_attention as reference
+from ds_deberta.metrics import measure_peak_flops
+from ds_deberta.model.presets import MODELS
+from ds_deberta.model.relative import slot_table
+
+SIZE = 64
+SHAPES = ["32x12x128", "128x12x128", "32x12x512", "16x12x1024", "32x12x1024", "8x12x2048"]
+SHAPES += ["32x12x2048", "32x4x512", "32x16x512", "256x12x512"]
+CPU_SHAPES = ["4x4x128", "1x4x512"]
+LOWER_BOUND = "SDPA, no positions"
+CONFIG = MODELS["deberta-v3-base"]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+class Problem(NamedTuple):
+    """One attention."""
+
+    q: Tensor  # [B, H, L, D]
+    k: Tensor
+    v: Tensor
+    pos_key: Tensor  # [H, R, D]
+    pos_query: Tensor
+    slots: Tensor  # [2 * L - 1]
+    documents: Tensor  # [B, L]
+    scale: float
+    dropout_p: float
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """What has gradients."""
+        return self[:5]
+
+    @property
+    def options(self) -> dict:
+        """The keyword arguments of our functions."""
+        return {name: getattr(self, name) for name in ("slots", "documents", "scale", "dropout_p")}
+
+
+def make_problem(shape: str, fill: float, dropout_p: float, dtype, device: str) -> Problem:
+    """Random inputs; heads are views into rows, as a model makes them."""
+    batch, heads, length = map(int, shape.split("x"))
+    rng = torch.Generator(device).manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=rng, device=device).to(dtype)
+
+    def leaf(states: Tensor) -> Tensor:
+        return states.detach().requires_grad_()
+
+    states = [leaf(draw(batch, length, heads, SIZE).transpose(1, 2)) for _ in range(3)]
+    tables = [leaf(draw(512, heads, SIZE).transpose(0, 1)) for _ in range(2)]
+    lengths = torch.full((batch,), length, device=device)
+    if fill < 1:
+        lengths = (length * torch.linspace(2 * fill - 1, 1, batch, device=device)).long()
+    documents = (torch.arange(length, device=device) < lengths[:, None]).int()
+    slots = slot_table(CONFIG, length).to(device)
+    return Problem(*states, *tables, slots, documents, 1 / math.sqrt(3 * SIZE), dropout_p)
+
+
+def bias(problem: Problem) -> Tensor:
+    """Both position terms, by gathering: [B, H, L, L]."""
+    q, k, _, pos_key, pos_query = problem.states
+    positions = torch.arange(q.shape[2], device=q.device)
+    rows = problem.slots[positions[:, None] - positions + len(problem.slots) // 2]
+    rows = rows.expand(*q.shape[:2], -1, -1)
+    c2p = (q @ pos_key.transpose(-1, -2)).gather(-1, rows)
+    p2c = (k @ pos_query.transpose(-1, -2)).gather(-1, rows.transpose(-1, -2))
+    return c2p + p2c.transpose(-1, -2)
+
+
+def key_mask(problem: Problem) -> Tensor:
+    """[B, 1, 1, L]."""
+    return problem.documents.bool()[:, None, None]
+
+
+def run_eager(problem: Problem) -> Tensor:
+    """As transformers: products, gathers, softmax, dropout."""
+    q, k, v = problem.states[:3]
+    scores = (q @ k.transpose(-1, -2) + bias(problem)) * problem.scale
+    scores = scores.masked_fill(~key_mask(problem), torch.finfo(scores.dtype).min)
+    return F.dropout(scores.softmax(-1), problem.dropout_p) @ v
+
+
+def run_dense_bias(problem: Problem) -> Tensor:
+    """The position terms as the mask of a stock kernel."""
+    lowest = torch.finfo(problem.q.dtype).min
+    mask = (bias(problem) * problem.scale).masked_fill(~key_mask(problem), lowest)
+    return F.scaled_dot_product_attention(
+        *problem.states[:3], attn_mask=mask, dropout_p=problem.dropout_p, scale=problem.scale
+    )
+
+
+def run_plain(problem: Problem) -> Tensor:
+    """Neither positions nor padding."""
+    return F.scaled_dot_product_attention(
+        *problem.states[:3], dropout_p=problem.dropout_p, scale=problem.scale
+    )
+
+
+def run_reference(problem: Problem) -> Tensor:
+    """The plain torch of this project."""
+    return reference(*problem.states, **problem.options)
+
+
+def run_triton(problem: Problem) -> Tensor:
+    """The Triton kernels of this project."""
+    from ds_deberta.kernels import triton_attention
+
+    return triton_attention.disentangled_attention(*problem.states, **problem.options)
+
+
+def run_cpu(problem: Problem) -> Tensor:
+    """This project's function for the CPU."""
+    from ds_deberta.kernels.cpu_attention import cpu_attention
+
+    return cpu_attention(*problem.states, **problem.options)
+
+
+def run_flex(problem: Problem) -> Tensor:
+    """PyTorch's FlexAttention, compiled, over both position scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if problem.dropout_p:
+        raise NotImplementedError("no dropout")
+    q, k, v, pos_key, pos_query = problem.states
+    c2p, p2c = q @ pos_key.transpose(-1, -2), k @ pos_query.transpose(-1, -2)
+    slots, documents, middle = problem.slots, problem.documents, len(problem.slots) // 2
+
+    def score_mod(score, b, h, i, j):
+        row = slots[i - j + middle]
+        score = score + (c2p[b, h, i, row] + p2c[b, h, j, row]) * problem.scale
+        return torch.where(documents[b, j] != 0, score, -math.inf)
+
+    return compiled(flex_attention)(q, k, v, score_mod=score_mod, scale=problem.scale)
+
+
+def run_flash_deberta(problem: Problem) -> Tensor:
+    """The package flashdeberta 0.0.8, where installed."""
+    from flashdeberta.ops.flash_attention import flash_attention_with_disentangled
+
+    if problem.dropout_p:
+        raise NotImplementedError("no dropout")
+    q, k, v, pos_key, pos_query = problem.states
+    lengths = problem.documents.sum(1, dtype=torch.int32)
+    return flash_attention_with_disentangled(
+        *(q, k, v, lengths, pos_key[None], pos_query[None]),
+        sm_scale=problem.scale,
+        position_buckets=256,
+        max_relative_distance=512,
+    )
+
+
+def run_disentangled_flash(problem: Problem) -> Tensor:
+    """The package disentangled-flash 1.1.1, where installed."""
+    from disentangled_flash.position import SharedPositionPlanCache, pad_position_table
+    from disentangled_flash.training._kernels import training_attention
+
+    if "plans" not in CACHE:
+        CACHE["plans"] = SharedPositionPlanCache(
+            position_buckets=256, max_relative_positions=512, position_embedding_size=256
+        )
+    plan = CACHE["plans"].compact(problem.q.shape[2], problem.q.device)
+    tables = (pad_position_table(x[:, plan.active_slots]) for x in problem.states[3:])
+    return training_attention(
+        *problem.states[:3],
+        *tables,
+        plan.delta_to_local,
+        problem.documents.bool(),
+        score_scale=problem.scale,
+        has_padding=not bool(problem.documents.all()),
+        strict_fp32=True,
+        dropout_p=problem.dropout_p,
+        gradient_band=plan.gradient_band,
+    )
+
+
+CACHE: dict = {}
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile once, for all shapes."""
+    if function not in CACHE:
+        CACHE[function] = torch.compile(function)
+    return CACHE[function]
+
+
+CONTENDERS: dict[str, Callable[[Problem], Tensor]] = {
+    "triton": run_triton,
+    "reference": run_reference,
+    "cpu": run_cpu,
+    "eager": run_eager,
+    "eager, compiled": lambda problem: compiled(run_eager)(problem),
+    "dense bias + SDPA": run_dense_bias,
+    "FlexAttention": run_flex,
+    "FlashDeBERTa": run_flash_deberta,
+    "DisentangledFlash": run_disentangled_flash,
+    LOWER_BOUND: run_plain,
+}
+ON_CPU = ("cpu", "reference", "eager", "dense bias + SDPA", LOWER_BOUND)
+
+
+def check(run: Callable[[Problem], Tensor], shape: str, fill: float, dtype, device: str) -> None:
+    """Compare output and gradients with float64, without dropout and for one sample and head."""
+    length = shape.split("x")[2]
+    problem = make_problem(f"2x1x{length}", fill, 0.0, dtype, device)
+    exact = problem._replace(
+        **{
+            name: x.detach().double().requires_grad_()
+            for name, x in zip(Problem._fields, problem.states, strict=False)
+        }
+    )
+    is_token = problem.documents.bool()[:, None, :, None]
+    results = []
+    for each, function in ((problem, run), (exact, run_eager)):
+        out = function(each) * is_token
+        out.backward(torch.ones_like(out) * torch.linspace(-1, 1, SIZE, device=device).to(out))
+        results.append([out, *(x.grad for x in each.states)])
+    for ours, truth in zip(*results, strict=True):
+        error = ((ours.double() - truth).norm() / truth.norm()).item()
+        if not error < TOLERANCE[dtype]:
+            raise ArithmeticError(f"wrong: error {error:.1e}")
+
+
+def milliseconds(function: Callable[[], object], device: str) -> float:
+    """Median time of a call; on CUDA between events, after a flush of the L2 cache."""
+    cuda = device == "cuda"
+    flush = torch.empty(2**28 if cuda else 0, dtype=torch.int8, device=device)
+    times = []
+    stop = time.perf_counter() + 1.0
+    while len(times) < 8 or (time.perf_counter() < stop and len(times) < 100):
+        flush.zero_()
+        if cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            function()
+            events[1].record()
+            torch.cuda.synchronize()
+            times.append(events[0].elapsed_time(events[1]))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
+
+
+def measure(run: Callable[[Problem], Tensor], problem: Problem) -> tuple[float, float, float]:
+    """Return ms forward, ms forward and backward, and the peak of memory beyond the inputs, MB."""
+    device = problem.q.device.type
+    out = run(problem)
+    grad = torch.ones_like(out)
+
+    def both() -> None:
+        for x in problem.states:
+            x.grad = None
+        run(problem).backward(grad)
+
+    both()
+    del out
+    forward, total = milliseconds(lambda: run(problem), device), milliseconds(both, device)
+    peak = math.nan
+    if device == "cuda":
+        for x in problem.states:
+            x.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return forward, total, peak
+
+
+def flops(problem: Problem, has_positions: bool) -> float:
+    """Of a forward and a backward pass."""
+    batch, heads, length, size = problem.q.shape
+    rows = problem.slots.unique().numel() if has_positions else 0
+    return 2 * batch * heads * length * size * (7 * length + 8 * rows)
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = SHAPES if device == "cuda" else CPU_SHAPES
+    parser.add_argument("--shapes", default=",".join(shapes), help="batch x heads x length, ...")
+    parser.add_argument("--only", default=None, help="contenders, separated by commas")
+    parser.add_argument("--dtypes", default="bfloat16,float16" if device == "cuda" else "float32")
+    options = parser.parse_args()
+    names = [name for name in CONTENDERS if name != "cpu"] if device == "cuda" else list(ON_CPU)
+    if options.only:
+        names = [name for name in names if name in options.only.split(",")]
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{where}, torch {torch.__version__}; B x H x L, heads of {SIZE}\n")
+    columns = ("shape", "dtype", "fill", "dropout", "contender", "ms fwd", "ms fwd+bwd", "TFLOP/s")
+    columns += ("share of peak", "peak MB", "times as fast as eager")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    dtypes = [getattr(torch, name) for name in options.dtypes.split(",")]
+    peaks = {dtype: measure_peak_flops(torch.device(device), dtype) for dtype in dtypes}
+    for shape, dtype, fill, p in itertools.product(
+        options.shapes.split(","), dtypes, (1.0, 0.7), (0.0, 0.1)
+    ):
+        rows: dict[str, tuple[float, float, float] | str] = {}
+        for name in names:
+            try:
+                if name != LOWER_BOUND:
+                    check(CONTENDERS[name], shape, fill, dtype, device)
+                rows[name] = measure(CONTENDERS[name], make_problem(shape, fill, p, dtype, device))
+            except Exception as error:  # a contender that fails is a row of the table
+                rows[name] = f"{type(error).__name__}: {error}".splitlines()[0][:60]
+        full = make_problem(shape, 1.0, 0.0, dtype, device)
+        eager = rows.get("eager")
+        for name, row in rows.items():
+            head = f"| {shape} | {str(dtype)[6:]} | {fill:.0%} | {p} | {name} "
+            if isinstance(row, str):
+                print(f"{head}| {row.replace('|', '/')} | | | | | |", flush=True)
+                continue
+            forward, total, peak = row
+            rate = flops(full, name != LOWER_BOUND) / total / 1e9
+            ratio = f"{eager[1] / total:.2f}" if isinstance(eager, tuple) else ""
+            share = 1e12 * rate / peaks[dtype]
+            print(
+                f"{head}| {forward:.3f} | {total:.3f} | {rate:.3g} | {share:.0%} | {peak:.0f} "
+                f"| {ratio} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
