@@ -1,10 +1,10 @@
 # make pretrain   everything from nothing: environment, demo corpus, vocabulary, a trained model
-# make test       the tests;  make check: style, types, layers;  make bench: speed
+# make test       the tests;  make check: style, types, layers;  make bench, make bench-gpu: speed
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: pretrain setup check format test bench
+.PHONY: pretrain setup check format test bench bench-gpu
 .DELETE_ON_ERROR:
 
 pretrain: $(SETUP)
@@ -48,3 +48,10 @@ test: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/step.py
+
+# On one CUDA device, with whatever python has torch there: first what must be right, then what is fast.
+bench-gpu:
+	$(PYTHON) -m pytest -q -m gpu tests/kernels
+	$(PYTHON) benchmarks/attention.py > benchmarks/results/attention_gpu.md
+	$(PYTHON) benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512 > benchmarks/results/step_gpu.md
+	cat benchmarks/results/*_gpu.md

@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--shapes 32x12x512] [--only triton,eager]
 
-Each contender is first compared with a float64 definition. Time is the median of runs with a cold
-L2 cache. TFLOP/s counts 2U + 2G forward and 5U + 6G backward, where U = 2 B H L^2 D and
+Each contender is first compared with a float64 definition. They run in turns; times are medians,
+with a cold L2 cache. TFLOP/s counts 2U + 2G forward and 5U + 6G backward, where U = 2 B H L^2 D and
 G = 2 B H L R D; its share is that of the best large matrix product of the same run. Without CUDA,
 a few small shapes and what runs on a CPU.
 
@@ -15,6 +15,7 @@ import argparse
 import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,15 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_deberta.distributed import initialize
 from ds_deberta.kernels import disentangled_attention as reference
-from ds_deberta.metrics import measure_peak_flops
+from ds_deberta.metrics import measure_peak_flops, processor
 from ds_deberta.model.presets import MODELS
 from ds_deberta.model.relative import slot_table
 
 SIZE = 64
 SHAPES = ["32x12x128", "128x12x128", "32x12x512", "16x12x1024", "32x12x1024", "8x12x2048"]
 SHAPES += ["32x12x2048", "32x4x512", "32x16x512", "256x12x512"]
-CPU_SHAPES = ["4x4x128", "1x4x512"]
+CPU_SHAPES = ["8x4x128", "4x6x128", "2x12x512"]
+SECONDS = 1.0  # of each contender
 LOWER_BOUND = "SDPA, no positions"
 CONFIG = MODELS["deberta-v3-base"]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -246,51 +249,72 @@ def check(run: Callable[[Problem], Tensor], shape: str, fill: float, dtype, devi
             raise ArithmeticError(f"wrong: error {error:.1e}")
 
 
-def milliseconds(function: Callable[[], object], device: str) -> float:
-    """Median time of a call; on CUDA between events, after a flush of the L2 cache."""
-    cuda = device == "cuda"
-    flush = torch.empty(2**28 if cuda else 0, dtype=torch.int8, device=device)
-    times = []
-    stop = time.perf_counter() + 1.0
-    while len(times) < 8 or (time.perf_counter() < stop and len(times) < 100):
-        flush.zero_()
-        if cuda:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-            function()
-            events[1].record()
-            torch.cuda.synchronize()
-            times.append(events[0].elapsed_time(events[1]))
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[3:])
+def milliseconds(function: Callable[[], object], device: str, flush: Tensor) -> float:
+    """Time of one call; on CUDA between events, after a flush of the L2 cache."""
+    flush.zero_()
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    function()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1])
 
 
-def measure(run: Callable[[Problem], Tensor], problem: Problem) -> tuple[float, float, float]:
-    """Return ms forward, ms forward and backward, and the peak of memory beyond the inputs, MB."""
+class Times(NamedTuple):
+    """Medians of a contender."""
+
+    forward: float  # ms
+    total: float  # ms, forward and backward
+    ratio: float  # of eager's time to this one, turn by turn
+    peak: float  # MB beyond the inputs
+
+
+def measure(names: list[str], problem: Problem) -> dict[str, Times]:
+    """Time contenders in turns, so that a noisy machine slows all of them."""
     device = problem.q.device.type
-    out = run(problem)
-    grad = torch.ones_like(out)
+    flush = torch.empty(2**28 if device == "cuda" else 0, dtype=torch.int8, device=device)
+    grad = torch.ones_like(problem.v)
 
-    def both() -> None:
+    def both(name: str) -> None:
         for x in problem.states:
             x.grad = None
-        run(problem).backward(grad)
+        CONTENDERS[name](problem).backward(grad)
 
-    both()
-    del out
-    forward, total = milliseconds(lambda: run(problem), device), milliseconds(both, device)
-    peak = math.nan
-    if device == "cuda":
-        for x in problem.states:
-            x.grad = None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both()
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return forward, total, peak
+    forward: dict[str, list[float]] = {name: [] for name in names}
+    total: dict[str, list[float]] = {name: [] for name in names}
+    stop = time.perf_counter() + SECONDS * len(names)
+    turns = 0
+    while turns < 5 or (time.perf_counter() < stop and turns < 100):
+        for name in names:
+            forward[name].append(milliseconds(lambda n=name: CONTENDERS[n](problem), device, flush))
+            total[name].append(milliseconds(lambda n=name: both(n), device, flush))
+        turns += 1
+    base = total.get("eager", [math.nan] * turns)
+    return {
+        name: Times(
+            statistics.median(forward[name][2:]),
+            statistics.median(total[name][2:]),
+            statistics.median(b / t for b, t in zip(base[2:], total[name][2:], strict=True)),
+            peak_memory(lambda n=name: both(n), problem),
+        )
+        for name in names
+    }
+
+
+def peak_memory(function: Callable[[], object], problem: Problem) -> float:
+    """Bytes / 10^6 that a call needs beyond its inputs; known on CUDA only."""
+    if problem.q.device.type != "cuda":
+        return math.nan
+    for x in problem.states:
+        x.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def flops(problem: Problem, has_positions: bool) -> float:
@@ -307,13 +331,15 @@ def main() -> None:
     shapes = SHAPES if device == "cuda" else CPU_SHAPES
     parser.add_argument("--shapes", default=",".join(shapes), help="batch x heads x length, ...")
     parser.add_argument("--only", default=None, help="contenders, separated by commas")
-    parser.add_argument("--dtypes", default="bfloat16,float16" if device == "cuda" else "float32")
+    second = "float16" if device == "cuda" else "float32"
+    parser.add_argument("--dtypes", default=f"bfloat16,{second}")
     options = parser.parse_args()
     names = [name for name in CONTENDERS if name != "cpu"] if device == "cuda" else list(ON_CPU)
     if options.only:
         names = [name for name in names if name in options.only.split(",")]
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{where}, torch {torch.__version__}; B x H x L, heads of {SIZE}\n")
+    initialize(seed=0)
+    print(f"`python {' '.join(sys.argv)}`: {processor()}, torch {torch.__version__}")
+    print(f"\nShapes are B x H x L, heads of {SIZE}.\n")
     columns = ("shape", "dtype", "fill", "dropout", "contender", "ms fwd", "ms fwd+bwd", "TFLOP/s")
     columns += ("share of peak", "peak MB", "times as fast as eager")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
@@ -322,28 +348,27 @@ def main() -> None:
     for shape, dtype, fill, p in itertools.product(
         options.shapes.split(","), dtypes, (1.0, 0.7), (0.0, 0.1)
     ):
-        rows: dict[str, tuple[float, float, float] | str] = {}
+        problem = make_problem(shape, fill, p, dtype, device)
+        failures: dict[str, str] = {}
         for name in names:
             try:
                 if name != LOWER_BOUND:
                     check(CONTENDERS[name], shape, fill, dtype, device)
-                rows[name] = measure(CONTENDERS[name], make_problem(shape, fill, p, dtype, device))
+                CONTENDERS[name](problem).sum().backward()
             except Exception as error:  # a contender that fails is a row of the table
-                rows[name] = f"{type(error).__name__}: {error}".splitlines()[0][:60]
-        full = make_problem(shape, 1.0, 0.0, dtype, device)
-        eager = rows.get("eager")
-        for name, row in rows.items():
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:60]
+        times = measure([name for name in names if name not in failures], problem)
+        for name in names:
             head = f"| {shape} | {str(dtype)[6:]} | {fill:.0%} | {p} | {name} "
-            if isinstance(row, str):
-                print(f"{head}| {row.replace('|', '/')} | | | | | |", flush=True)
+            if name in failures:
+                print(f"{head}| {failures[name].replace('|', '/')} | | | | | |", flush=True)
                 continue
-            forward, total, peak = row
-            rate = flops(full, name != LOWER_BOUND) / total / 1e9
-            ratio = f"{eager[1] / total:.2f}" if isinstance(eager, tuple) else ""
-            share = 1e12 * rate / peaks[dtype]
+            row = times[name]
+            rate = flops(problem, name != LOWER_BOUND) / row.total / 1e9
+            memory = "" if math.isnan(row.peak) else f"{row.peak:.0f}"
             print(
-                f"{head}| {forward:.3f} | {total:.3f} | {rate:.3g} | {share:.0%} | {peak:.0f} "
-                f"| {ratio} |",
+                f"{head}| {row.forward:.3f} | {row.total:.3f} | {rate:.3g} "
+                f"| {1e12 * rate / peaks[dtype]:.0%} | {memory} | {row.ratio:.2f} |",
                 flush=True,
             )
 

@@ -1,16 +1,20 @@
-"""Tokens per second of a whole RTD step: ours against the same step built from transformers.
+"""Tokens per second of a whole training step.
 
-    python benchmarks/step.py [--rounds 5] [--only NAME]
+    python benchmarks/step.py [--rounds 5] [--only SHAPE]
+    python benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512 [--profile]
 
-Each side runs in a process of its own, as its users would run it, and they take turns, so that a
-noisy machine slows all of them. Ours: two DeepSpeed engines (ds_configs/zero0_*.json), generator,
-sampling, discriminator, clipping and both updates, through `RTDObjective`. Theirs:
-DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent embeddings, torch's AdamW
-and the same losses. Dropout is 0.1 on both sides.
+The first, two small shapes against transformers: each side runs in a process of its own, as its users would run it, and they
+take turns, so that a noisy machine slows all of them. Ours: two DeepSpeed engines
+(ds_configs/zero0_*.json), generator, sampling, discriminator, clipping and both updates, through
+`RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent
+embeddings, torch's AdamW and the same losses. Dropout is 0.1 on both sides.
 
-MFU: useful matrix-product operations (model/flops.py, three forward passes) per second, as a
-share of the best 1024 x 1024 product measured in the same run and dtype. Memory: the greatest
-resident size of the process, what it imports included.
+The second, ours alone, on the device at hand, with each attention asked for, and its time by part.
+
+The share of the GEMM rate is MFU: useful matrix-product operations (model/flops.py, three forward
+passes) per second, as a share of the best large product measured in the same run and dtype.
+Memory on a CPU: the greatest resident size of the process, what it imports included; on CUDA: the
+greatest that torch allocated.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +35,12 @@ import torch.nn.functional as F
 from ds_deberta.data.loader import IGNORE_INDEX, Batch
 from ds_deberta.distributed import initialize
 from ds_deberta.kernels import select_attention
-from ds_deberta.metrics import measure_peak_flops
+from ds_deberta.metrics import measure_peak_flops, processor
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD, generator_config
 from ds_deberta.model.flops import forward_flops
+from ds_deberta.model.presets import MODELS
+from ds_deberta.objectives import Engine, Objective
+from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import OptimConfig
 
@@ -73,20 +81,21 @@ def make_batch(rows: int, length: int, vocab_size: int) -> Batch:
     )
 
 
-def our_step(config: DebertaConfig, batch: Batch, *, precision: str) -> Callable[[], None]:
-    """One optimizer step of both models on DeepSpeed engines."""
-    from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+def our_objective(
+    config: DebertaConfig,
+    batch: Batch,
+    *,
+    ds_config: str,
+    objective: str = "rtd",
+    attention: str = "auto",
+    device: str = "cpu",
+) -> Objective:
+    """Engines as a training has them, and the objective around them."""
+    from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config, precision
 
     initialize(seed=0)
     optim = OptimConfig(warmup=0)
     rows = len(batch.input_ids)
-    attend, _ = select_attention(
-        "auto", device="cpu", dtype=torch.float32, head_size=config.head_size
-    )
-    models = {
-        "generator": DebertaForMaskedLM(generator_config(config), attend),
-        "discriminator": DebertaForRTD(config, attend, embedding_sharing="gdes"),
-    }
     facts = DeepSpeedFacts(
         train_batch_size=rows,
         micro_batch_size=rows,
@@ -94,14 +103,33 @@ def our_step(config: DebertaConfig, batch: Batch, *, precision: str) -> Callable
         lr=1e-4,
         optim=optim,
     )
-    ds_config = load_ds_config(CONFIGS / f"zero0_{precision}.json", facts)
+    resolved = load_ds_config(CONFIGS / f"{ds_config}.json", facts)
+    dtype = precision(resolved)
+    attend, reason = select_attention(
+        attention, device=device, dtype=dtype, head_size=config.head_size
+    )
+    print(reason, file=sys.stderr)
+    if objective == "mlm":
+        models: dict[str, torch.nn.Module] = {"model": DebertaForMaskedLM(config, attend)}
+    else:
+        models = {
+            "generator": DebertaForMaskedLM(generator_config(config), attend),
+            "discriminator": DebertaForRTD(config, attend, embedding_sharing="gdes"),
+        }
     engines = {
-        name: initialize_engine(model, ds_config, optim=optim, lr=1e-4, total_steps=10**6)
+        name: initialize_engine(model, resolved, optim=optim, lr=1e-4, total_steps=10**6)
         for name, model in models.items()
     }
-    objective = RTDObjective(
+    if objective == "mlm":
+        return MLMObjective(**engines)
+    return RTDObjective(
         **engines, embedding_sharing="gdes", num_tokens=config.vocab_size, rtd_lambda=10.0
     )
+
+
+def our_step(config: DebertaConfig, batch: Batch, *, ds_config: str) -> Callable[[], None]:
+    """One optimizer step of both models on DeepSpeed engines."""
+    objective = our_objective(config, batch, ds_config=ds_config)
     return lambda: objective.train_step([batch]) and None
 
 
@@ -146,8 +174,8 @@ def transformers_step(config: DebertaConfig, batch: Batch, *, autocast: bool) ->
 CONTENDERS: dict[str, Callable[[DebertaConfig, Batch], Callable[[], None]]] = {
     "transformers fp32": partial(transformers_step, autocast=False),
     "transformers bf16 autocast": partial(transformers_step, autocast=True),
-    "ours fp32": partial(our_step, precision="fp32"),
-    "ours bf16": partial(our_step, precision="bf16"),
+    "ours fp32": partial(our_step, ds_config="zero0_fp32"),
+    "ours bf16": partial(our_step, ds_config="zero0_bf16"),
 }
 
 
@@ -233,11 +261,130 @@ def compare(shape: str, rounds: int) -> None:
         )
 
 
+def measure_preset(args: argparse.Namespace) -> None:
+    """Print one table row for each attention, then the time by part."""
+    device = initialize(seed=0)
+    config = MODELS[args.preset]
+    batch = make_batch(args.rows, args.length, config.vocab_size).to(device)
+    dtype = torch.float32 if "fp32" in args.deepspeed_config else torch.bfloat16
+    peak = measure_peak_flops(device, dtype)
+    count = rtd_forward_flops if args.objective == "rtd" else mlm_forward_flops
+    flops = 3 * args.rows * count(config, args.length)
+    tokens = args.rows * args.length
+    print(
+        f"\n{args.preset}, {args.objective}, {args.rows} x {args.length}, {args.deepspeed_config}: "
+        f"{peak / 1e12:.1f} TFLOP/s measured\n"
+    )
+    print("| attention | tokens/s | share of the GEMM rate | memory |\n|-|-|-|-|")
+    parts: dict[str, dict[str, float]] = {}
+    for attention in args.attention.split(","):
+        objective = our_objective(
+            config,
+            batch,
+            ds_config=args.deepspeed_config,
+            objective=args.objective,
+            attention=attention,
+            device=device.type,
+        )
+        step = partial(objective.train_step, [batch])
+        for _ in range(3):
+            step()
+        seconds = min(timed(step, device) for _ in range(args.steps))
+        print(
+            f"| {attention} | {tokens / seconds:,.0f} | {flops / seconds / peak:.0%} | "
+            f"{peak_bytes(device) / 2**30:.2f} GiB |",
+            flush=True,
+        )
+        parts[attention] = time_by_part(objective, batch, device, args.steps)
+        if args.profile:
+            print(f"\n{profile(step, device)}\n")
+    names = list(next(iter(parts.values())))
+    print(f"\n| ms | {' | '.join(names)} |\n|{'-|' * (len(names) + 1)}")
+    for attention, times in parts.items():
+        print(f"| {attention} | {' | '.join(f'{1e3 * times[name]:.1f}' for name in names)} |")
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, to its end on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Greatest memory so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class TimedEngine:
+    """An engine that adds up the seconds of its parts."""
+
+    def __init__(self, name: str, engine: Engine, device: torch.device, times: dict[str, float]):
+        self._name, self._engine, self._device, self._times = name, engine, device, times
+        self.module = engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self._time("forward", lambda: self._engine(*args, **kwargs))
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Make the gradients."""
+        self._time("backward", lambda: self._engine.backward(loss))
+
+    def step(self) -> None:
+        """Update the weights."""
+        self._time("update", self._engine.step)
+
+    def _time(self, part: str, function: Callable[[], Any]) -> Any:
+        results = []
+        seconds = timed(lambda: results.append(function()), self._device)
+        key = f"{self._name} {part}"
+        self._times[key] = self._times.get(key, 0.0) + seconds
+        return results[0]
+
+
+def time_by_part(
+    objective: Objective, batch: Batch, device: torch.device, steps: int
+) -> dict[str, float]:
+    """Seconds of a step's parts, each waited for, which costs a little by itself."""
+    times: dict[str, float] = {}
+    plain = dict(objective.engines)
+    for name, engine in plain.items():
+        setattr(objective, name, TimedEngine(name, engine, device, times))
+    total = sum(timed(lambda: objective.train_step([batch]), device) for _ in range(steps))
+    for name, engine in plain.items():
+        setattr(objective, name, engine)
+    times["the rest"] = total - sum(times.values())
+    return {name: seconds / steps for name, seconds in times.items()}
+
+
+def profile(step: Callable[[], object], device: torch.device) -> str:
+    """The ten most expensive operations of a step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as recorded:
+        timed(step, device)
+    key = f"self_{device.type}_time_total"
+    return recorded.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=60)
+
+
 def rtd_forward_flops(config: DebertaConfig, length: int) -> float:
     """Useful operations of one row's forward pass through both models."""
-    predictions = round(MASKED * length)
-    generator = forward_flops(generator_config(config), length=length, predictions=predictions)
-    return generator + forward_flops(config, length=length, predictions=None)
+    return mlm_forward_flops(generator_config(config), length) + forward_flops(
+        config, length=length, predictions=None
+    )
+
+
+def mlm_forward_flops(config: DebertaConfig, length: int) -> float:
+    """Useful operations of one row's forward pass through a masked language model."""
+    return forward_flops(config, length=length, predictions=round(MASKED * length))
 
 
 def main() -> None:
@@ -245,18 +392,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--only", choices=SHAPES, help="one shape")
+    parser.add_argument("--preset", choices=MODELS, help="measure this model alone")
+    parser.add_argument("--objective", choices=("rtd", "mlm"), default="rtd")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=5, help="steps to take the best of")
+    on_cuda = torch.cuda.is_available()
+    parser.add_argument("--attention", default="triton,reference" if on_cuda else "cpu,reference")
+    parser.add_argument("--deepspeed_config", default="zero1_bf16" if on_cuda else "zero0_bf16")
+    parser.add_argument("--profile", action="store_true", help="ten most expensive operations")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(*args.serve)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {_processor()}")
+    print(f"`python {' '.join(sys.argv)}`: {processor()}, torch {torch.__version__}")
+    if args.preset:
+        measure_preset(args)
+        return
     for shape in [args.only] if args.only else SHAPES:
         compare(shape, args.rounds)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ def build_models(
         models["discriminator"] = DebertaForRTD(
             configs["discriminator"], attend, embedding_sharing=sharing
         )
+    for model in models.values():
+        model.deberta.encoder.checkpoint_activations = run.model.activation_checkpointing
     for name, source in (
         ("model", run.model.init_model),
         ("generator", run.model.init_generator),

@@ -55,6 +55,8 @@ class ModelConfig:
     """Dropout of hidden states and attention; default: the model's."""
     attention: Literal["auto", "cpu", "reference", "triton"] = "auto"
     """Attention: triton (fused, CUDA), cpu, reference (plain torch), or what suits the device."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and make the rest again backwards: less memory, slower."""
     init_model: Path | None = None
     """MLM: start from these weights (a folder or file, see README)."""
     init_generator: Path | None = None

@@ -322,3 +322,13 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def processor() -> str:
+    """Name of what computes here, for reports."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+    return f"{torch.get_num_threads()} threads of {name}"

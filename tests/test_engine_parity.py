@@ -108,6 +108,10 @@ BF16_CASES = [
 CASES = [
     *(case(kind, stage, "fp32") for kind in KINDS for stage in STAGES),
     case("gdes", 1, "fp32_json_optimizer"),
+    *(
+        case("gdes", stage, "fp32") | {"name": f"gdes_zero{stage}_fp32_checkpointing"}
+        for stage in STAGES
+    ),
     *BF16_CASES,
 ]
 
@@ -164,6 +168,16 @@ def test_fp32_weights_equal_plain_pytorch(
             # Adam moves an entry whose gradient is nearly rounding by up to lr: allow a few.
             assert (difference > 1e-5).float().mean() < 0.002, name
             assert difference.max() < STEPS * LR, name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", STAGES)
+def test_activation_checkpointing_changes_nothing(
+    trained: Path, expected: dict, stage: int
+) -> None:
+    losses = torch.tensor(losses_of(trained, f"gdes_zero{stage}_fp32_checkpointing"))
+    truth = torch.tensor(expected["gdes"][0])
+    torch.testing.assert_close(losses, truth, rtol=0, atol=FP32_TOLERANCE)
 
 
 @pytest.mark.distributed

@@ -6,11 +6,14 @@ that owns it, so that ZeRO-3 gathers it in time.
 Shapes: B batch, L length, P predicted positions, E hidden size, R relative rows in use.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_deberta.kernels import AttentionFn, Dropout, disentangled_attention
 from ds_deberta.model.attention import DisentangledSelfAttention
@@ -149,6 +152,7 @@ class Encoder(nn.Module):
         if config.norm_rel_ebd == "layer_norm":
             self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
+        self.checkpoint_activations = False
 
     def forward(
         self,
@@ -168,7 +172,7 @@ class Encoder(nn.Module):
                 mask decoder: it starts from their sum with the hidden states and runs twice.
         """
         relative, slots = self._relative(hidden.shape[1])
-        layers = list(self.layer)
+        layers = [self._checkpointed(layer) for layer in self.layer]
         embedded = hidden
         for number, layer in enumerate(layers if query_positions is None else layers[:-1]):
             hidden = layer(hidden, attention_mask, relative, slots)
@@ -183,6 +187,12 @@ class Encoder(nn.Module):
         for _ in range(1 if position_states is None else DECODER_PASSES):
             states = layers[-1](hidden, attention_mask, relative, slots, states, query_positions)
         return states
+
+    def _checkpointed(self, layer: nn.Module) -> Callable[..., Tensor]:
+        """Return the layer, with activations made again in the backward pass where asked for."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return layer
+        return partial(checkpoint, layer, use_reentrant=False)
 
     def _relative(self, length: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the relative embeddings in use at this length, and which row each delta uses.

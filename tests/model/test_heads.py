@@ -373,3 +373,23 @@ def test_what_the_models_cannot_do_is_an_error():
     ids, mask, _ = make_batch()
     with pytest.raises(ValueError, match="must fit max_position_embeddings 100; got 150"):
         model(ids, mask)
+
+
+def test_activation_checkpointing_keeps_less_and_gives_the_same_bits() -> None:
+    config = replace(CONFIG, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    ids, mask, positions = make_batch()
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = DebertaForMaskedLM(config)
+        model.deberta.encoder.checkpoint_activations = checkpointed
+        saved: list[int] = []  # bytes that the forward pass keeps
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.nbytes) or tensor, lambda t: t
+        ):
+            loss = model(ids, mask, positions, make_labels()).loss
+        loss.backward()
+        results.append((sum(saved), [parameter.grad for parameter in model.parameters()]))
+    (all_bytes, expected), (few_bytes, gradients) = results
+    assert few_bytes < all_bytes / 3
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
