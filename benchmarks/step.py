@@ -3,10 +3,10 @@
     python benchmarks/step.py [--rounds 5] [--only SHAPE]
     python benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512 [--profile]
 
-The first, two small shapes against transformers: each side runs in a process of its own, as its users would run it, and they
-take turns, so that a noisy machine slows all of them. Ours: two DeepSpeed engines
-(ds_configs/zero0_*.json), generator, sampling, discriminator, clipping and both updates, through
-`RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent
+The first, two small shapes against transformers: each side runs in a process of its own, as its
+users would run it, and they take turns, so that a noisy machine slows all of them. Ours: two
+DeepSpeed engines (ds_configs/zero0_*.json), generator, sampling, discriminator, clipping and both
+updates, through `RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent
 embeddings, torch's AdamW and the same losses. Dropout is 0.1 on both sides.
 
 The second, ours alone, on the device at hand, with each attention asked for, and its time by part.
