@@ -65,7 +65,7 @@ def make_batch(rows: int, length: int, vocab_size: int) -> Batch:
     labels = ids.gather(1, positions)
     return Batch(
         input_ids=ids.scatter(1, positions, 4),
-        attention_mask=torch.ones(rows, length, dtype=torch.bool),
+        documents=torch.ones(rows, length, dtype=torch.bool),
         predicted_positions=positions,
         labels=labels,
         uniforms=torch.rand(rows, predictions, dtype=torch.float64),
