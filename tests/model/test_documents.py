@@ -10,7 +10,7 @@ from ds_deberta.kernels import disentangled_attention
 from ds_deberta.kernels.cpu_attention import cpu_attention
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
 from ds_deberta.model.documents import document_starts, first_states, is_token
-from tests.model.test_heads import BERT, CONFIG, randomize
+from tests.model.test_heads import BERT, CONFIG, make_discriminators, randomize
 
 LENGTH = 64
 DOCUMENTS = ((13, 20, 5, 26), (40, 9))  # the first row is full, the second one has padding
@@ -100,6 +100,15 @@ def test_a_packed_document_is_predicted_as_it_is_alone(config: DebertaConfig, at
     few = model.logits(ids, documents, picked)
     truth = logits.gather(1, picked[..., None].expand(-1, -1, config.vocab_size))
     torch.testing.assert_close(few, truth, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BERT], ids=["deberta", "bert"])
+def test_gdes_equals_own_tables_for_packed_documents_too(config: DebertaConfig):
+    shared, own, generator = make_discriminators(config)
+    ids, documents = make_rows()
+    base = generator.deberta.embeddings.lookup(ids, documents).detach()
+    truth = own(ids, documents)
+    torch.testing.assert_close(shared(ids, documents, base), truth, atol=2e-5, rtol=1e-5)
 
 
 def gradients_of_documents(model: nn.Module, outputs, documents: Tensor) -> None:
