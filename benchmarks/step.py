@@ -6,8 +6,8 @@
 The first, two small shapes against transformers: each side runs in a process of its own, as its
 users would run it, and they take turns, so that a noisy machine slows all of them. Ours: two
 DeepSpeed engines (ds_configs/zero0_*.json), generator, sampling, discriminator, clipping and both
-updates, through `RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent
-embeddings, torch's AdamW and the same losses. Dropout is 0.1 on both sides.
+updates, through `RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification
+with independent embeddings, torch's AdamW and the same losses. Dropout is 0.1 on both sides.
 
 The second, ours alone, on the device at hand, with each attention asked for, and its time by part.
 
@@ -73,7 +73,7 @@ def make_batch(rows: int, length: int, vocab_size: int) -> Batch:
     labels = ids.gather(1, positions)
     return Batch(
         input_ids=ids.scatter(1, positions, 4),
-        attention_mask=torch.ones(rows, length, dtype=torch.bool),
+        documents=torch.ones(rows, length, dtype=torch.bool),
         predicted_positions=positions,
         labels=labels,
         uniforms=torch.rand(rows, predictions, dtype=torch.float64),

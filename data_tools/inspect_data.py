@@ -41,9 +41,11 @@ def inspect(data_dir: Path, *, rows: int, seed: int, verify: bool) -> None:
     """Print the report."""
     manifest = Manifest.load(data_dir)
     tokenizer = load_tokenizer(data_dir)
+    special = tokenizer.special
+    how = "kept apart" if manifest.keep_documents_apart else "joined"
     print(
         f"{data_dir}: rows of at most {manifest.max_seq_length} with [CLS] and [SEP], "
-        f"documents {'kept apart' if manifest.keep_documents_apart else 'joined'}, "
+        f"documents {'packed, apart from each other' if manifest.packed else how}, "
         f"{tokenizer.num_tokens:,} ids ({tokenizer.vocab_size:,} embedding rows)"
     )
     datasets = {split: ShardDataset(data_dir, split, manifest) for split in manifest.splits}
@@ -55,8 +57,12 @@ def inspect(data_dir: Path, *, rows: int, seed: int, verify: bool) -> None:
         if info.rows:
             rows_read = sample_rows(datasets[split])
             show_lengths(rows_read, manifest.max_seq_length - 2)
+            if manifest.packed:
+                per_row = 1 + np.mean([np.count_nonzero(row == special.cls) for row in rows_read])
+                print(f"  documents, or pieces of long ones, per row: {per_row:.1f}")
+            entropy = unigram_entropy(rows_read, without=(special.sep, special.cls))
             print(
-                f"  unigram cross-entropy: {unigram_entropy(rows_read):.2f} nats (what a model "
+                f"  unigram cross-entropy: {entropy:.2f} nats (what a model "
                 "that ignores the context can reach)"
             )
     if len(train := datasets["train"]):
@@ -75,9 +81,10 @@ def sample_rows(dataset: ShardDataset) -> list[np.ndarray]:
     return [dataset[row] for row in sample]
 
 
-def unigram_entropy(rows: list[np.ndarray]) -> float:
-    """Entropy of the ids' own frequencies, in nats."""
-    counts = np.bincount(np.concatenate(rows))
+def unigram_entropy(rows: list[np.ndarray], *, without: tuple[int, ...] = ()) -> float:
+    """Entropy of the ids' own frequencies, in nats, `without` those that nobody predicts."""
+    counts = np.bincount(np.concatenate(rows), minlength=1 + max(without, default=0))
+    counts[list(without)] = 0
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 

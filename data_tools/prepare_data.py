@@ -4,8 +4,9 @@
 
 Documents are put one after the other and cut into rows of max_seq_length - 2 ids, as the original
 does, but into Arrow shards (see ds_deberta/data/shards.py), by all cores and in bounded memory.
-sources.py lists the formats. A document goes whole to training or to validation, by chance but by
-its number alone.
+With --pack_documents each document is cut by itself, and last pieces (most documents are nothing
+else) share rows, with [SEP] [CLS] between them. sources.py lists the formats. A document goes whole
+to training or to validation, by chance but by its number alone.
 
 Stop it when you like, or let it crash: the same command goes on after the last finished shard, and
 the folder comes out the same to the byte. It reads the file it was in again, but encodes nothing
@@ -72,6 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab", type=Path, required=True, help="a sentencepiece model: spm.model")
     add("--max_seq_length", type=int, default=512, help="of a row with its [CLS] and [SEP]")
     add("--keep_documents_apart", action="store_true", help="no row holds parts of two documents")
+    add("--pack_documents", action="store_true", help="a row's documents do not see each other")
     add("--valid_fraction", type=float, default=0.01, help="of the documents, for validation")
     add("--valid_input", nargs="+", default=[], help="take validation from here instead")
     add("--text_field", default="text", help="field of JSON lines, column of Parquet")
@@ -87,6 +89,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--max_seq_length must be at least 3; got {args.max_seq_length}")
     if not 0 < args.rows_per_shard * args.max_seq_length < 2**31:
         parser.error("--rows_per_shard x --max_seq_length must be between 1 and 2^31 - 1")
+    if args.keep_documents_apart and args.pack_documents:
+        parser.error(
+            "--keep_documents_apart (a row holds one document) and --pack_documents (it may hold "
+            "several) must not be given together; leave one of them out"
+        )
     if args.workers < 0:
         parser.error(f"--workers must not be negative; got {args.workers}")
     return args
@@ -95,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> None:
     """Make the data folder, or what is missing of it."""
     tokenizer = DebertaTokenizer(args.vocab)
+    separator = (tokenizer.special.sep, tokenizer.special.cls) if args.pack_documents else None
     inputs = find_inputs(args)
     settings = describe(args, inputs, tokenizer)
     with locked(args.output):
@@ -109,6 +117,7 @@ def prepare(args: argparse.Namespace) -> None:
                 row_length=args.max_seq_length - 2,
                 rows_per_shard=rows_per_shard(args, split),
                 keep_documents_apart=args.keep_documents_apart,
+                separator=separator,
             )
             for split in SPLITS
         }
@@ -123,14 +132,16 @@ def prepare(args: argparse.Namespace) -> None:
             ),
             max_seq_length=args.max_seq_length,
             keep_documents_apart=args.keep_documents_apart,
+            packed=args.pack_documents,
             splits=splits,
         ).save(args.output)
     for split, info in splits.items():
         speed = (info.tokens - before[split]) / (time.monotonic() - started)
         empty = writers[split].progress.begun - info.documents
+        fill = (info.tokens + 2 * info.rows) / max(1, info.rows * args.max_seq_length)
         print(
             f"{split}: {info.rows:,} rows, {info.tokens:,} tokens, {info.documents:,} documents "
-            f"(and {empty:,} empty ones), {speed:,.0f} tokens/s"
+            f"(and {empty:,} empty ones), rows {fill:.1%} full, {speed:,.0f} tokens/s"
         )
 
 
@@ -207,10 +218,10 @@ def describe(
         what = (str(source.path.resolve()), source.splits, stat.st_size, stat.st_mtime_ns)
         digest.update(repr(what).encode())
         size += stat.st_size
-    names = ("max_seq_length", "keep_documents_apart", "valid_fraction", "text_field", "seed")
+    names = ("max_seq_length", "keep_documents_apart", "pack_documents", "valid_fraction")
     return {
         "format_version": FORMAT_VERSION,
-        **{name: getattr(args, name) for name in (*names, "rows_per_shard")},
+        **{name: getattr(args, name) for name in (*names, "text_field", "seed", "rows_per_shard")},
         "vocabulary": tokenizer.sha256,
         "input": f"{len(inputs)} files, {size} bytes, {digest.hexdigest()[:16]}",
     }

@@ -107,10 +107,12 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Progress]]:
                 **fields
                 | {"place": tuple(fields["place"])}
                 | {"shards": tuple(ShardInfo(**shard) for shard in fields["shards"])}
+                | {"open_rows": tuple(map(tuple, fields.get("open_rows", ())))}
             )
             for split, fields in state["progress"].items()
         }
-        return state["settings"], progress
+        # Folders of before there was packing lack the setting.
+        return {"pack_documents": False, **state["settings"]}, progress
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from None
 

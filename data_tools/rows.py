@@ -9,6 +9,8 @@ from ds_deberta.data.shards import ShardInfo, ShardWriter, SplitInfo
 
 Place = tuple[int, int]  # number of the input file, number of the record in it
 
+OPEN_ROWS = 16  # that wait for more documents; the more, the less padding
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -20,6 +22,7 @@ class Progress:
         begun: Documents begun.
         documents: Those of them with at least one id.
         shards: The shards.
+        open_rows: Ids up to there that are not in them: rows that wait for more documents.
     """
 
     place: Place = (0, -1)
@@ -27,14 +30,19 @@ class Progress:
     begun: int = 0
     documents: int = 0
     shards: tuple[ShardInfo, ...] = ()
+    open_rows: tuple[tuple[int, ...], ...] = ()
 
 
 class RowWriter:
     """Write a split's rows of `row_length` ids; the last one (or a document's last) may be shorter.
 
+    With a `separator`, a document's last piece shares a row with others, the separator between
+    them: it goes into the fullest open row that has room for it. Where none has, it opens a row,
+    and of more than OPEN_ROWS the fullest is written.
+
     Attributes:
         progress: What is on disk; another writer can go on from it.
-        tokens: Number of ids, on disk or not.
+        tokens: Number of ids, separators included, on disk or not.
     """
 
     def __init__(
@@ -45,13 +53,16 @@ class RowWriter:
         row_length: int,
         rows_per_shard: int,
         keep_documents_apart: bool,
+        separator: tuple[int, ...] | None = None,
     ):
         self.folder = folder
         self.progress = progress
         self.row_length = row_length
         self.rows_per_shard = rows_per_shard
         self.keep_documents_apart = keep_documents_apart
-        self.tokens = sum(shard.tokens for shard in progress.shards)
+        self._separator = None if separator is None else np.array(separator, dtype=np.int32)
+        self._open = [np.array(row, dtype=np.int32) for row in progress.open_rows]
+        self.tokens = sum(shard.tokens for shard in progress.shards) + sum(map(len, self._open))
         self._place, self._ids = progress.place, progress.ids
         self._begun, self._documents = progress.begun, progress.documents
         self._is_counted = True  # the last document, among those with an id
@@ -65,8 +76,7 @@ class RowWriter:
             ids = ids[self._ids :]
         else:
             if starts_document:
-                if self.keep_documents_apart:
-                    self._end_row()
+                self._end_document()
                 self._begun += 1
                 self._is_counted = False
             self._place, self._ids = place, 0
@@ -85,7 +95,10 @@ class RowWriter:
 
     def close(self) -> SplitInfo:
         """Write what is left, and return what the split holds."""
+        self._end_document()
         self._end_row()
+        while self._open:
+            self._write(self._open.pop(0))
         self._end_shard()
         shards = self.progress.shards
         return SplitInfo(
@@ -95,11 +108,41 @@ class RowWriter:
             shards=shards,
         )
 
+    def _end_document(self) -> None:
+        if not self._row:
+            return
+        if self._separator is not None:
+            self._pack(self._take_row(), self._separator)
+        elif self.keep_documents_apart:
+            self._end_row()
+
+    def _pack(self, piece: np.ndarray, separator: np.ndarray) -> None:
+        """Put a document's last piece into an open row."""
+        lengths = [len(row) for row in self._open]
+        room = self.row_length - len(separator) - len(piece)
+        fitting = [length for length in lengths if length <= room]
+        if fitting:
+            number = lengths.index(max(fitting))
+            self._open[number] = np.concatenate([self._open[number], separator, piece])
+            self.tokens += len(separator)
+            return
+        self._open.append(piece)
+        if len(self._open) > OPEN_ROWS:
+            lengths.append(len(piece))
+            self._write(self._open.pop(lengths.index(max(lengths))))
+
     def _end_row(self) -> None:
         if self._row:
-            self._shard.write(np.concatenate(self._row) if len(self._row) > 1 else self._row[0])
-            self._shard_rows += 1
-            self._row, self._row_ids = [], 0
+            self._write(self._take_row())
+
+    def _take_row(self) -> np.ndarray:
+        row = np.concatenate(self._row) if len(self._row) > 1 else self._row[0]
+        self._row, self._row_ids = [], 0
+        return row
+
+    def _write(self, row: np.ndarray) -> None:
+        self._shard.write(row)
+        self._shard_rows += 1
         if self._shard_rows == self.rows_per_shard:
             self._end_shard()
 
@@ -118,5 +161,6 @@ class RowWriter:
             begun=self._begun,
             documents=self._documents,
             shards=(*self.progress.shards, *self._shard.close()),
+            open_rows=tuple(tuple(row.tolist()) for row in self._open),
         )
         self._start_shard()

@@ -48,6 +48,7 @@ def build_objective(
         ValueError: settings that do not go together, named.
     """
     configs = model_configs(run, tokenizer)
+    refuse_mixing(run, configs)
     ds_configs = build_ds_configs(run, configs)
     dtype = precision(next(iter(ds_configs.values())))
     if run.objective == "rtd" and run.model.embedding_sharing == "es" and dtype == torch.float16:
@@ -106,6 +107,17 @@ def model_configs(run: PretrainConfig, tokenizer: DebertaTokenizer) -> dict[str,
     if run.objective == "mlm":
         return {"model": config}
     return {"generator": generator_config(config), "discriminator": config}
+
+
+def refuse_mixing(run: PretrainConfig, configs: dict[str, DebertaConfig]) -> None:
+    """Refuse packed documents for a model whose convolution would mix them."""
+    kernel_size = max(config.conv_kernel_size for config in configs.values())
+    if kernel_size > 0 and Manifest.load(run.data.data_dir).packed:
+        raise ValueError(
+            f"conv_kernel_size must be 0 for the packed documents of {run.data.data_dir}, which a "
+            f"convolution would mix; that of {run.model.model} is {kernel_size}. Choose another "
+            "model, or prepare the data without --pack_documents."
+        )
 
 
 def peak_learning_rate(run: PretrainConfig, name: str) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,17 @@ def tokenizer(vocab_file: Path) -> DebertaTokenizer:
 @pytest.fixture(scope="session")
 def data_dir(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data at length 32: 200 train rows and 24 valid rows, some of them short."""
-    folder = tmp_path_factory.mktemp("data")
+    return write_data(tmp_path_factory.mktemp("data"), vocab_file)
+
+
+@pytest.fixture(scope="session")
+def packed_data_dir(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such data with two or three documents in each row."""
+    return write_data(tmp_path_factory.mktemp("packed"), vocab_file, documents_end_at=(4, 17))
+
+
+def write_data(folder: Path, vocab_file: Path, *, documents_end_at: Sequence[int] = ()) -> Path:
+    """Make a data folder, packed if `documents_end_at` says where [SEP] [CLS] stands in a row."""
     (folder / "spm.model").write_bytes(vocab_file.read_bytes())
     tokenizer = DebertaTokenizer(folder / "spm.model")
     splits = {}
@@ -61,6 +72,8 @@ def data_dir(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         lengths = np.where(np.arange(rows) % 7 == 0, 11, 30)
         writer = ShardWriter(folder / split, rows_per_shard=64)
         for row in np.split(ids[: lengths.sum()], np.cumsum(lengths)[:-1]):
+            for end in (end for end in documents_end_at if end < len(row)):
+                row[end : end + 2] = [tokenizer.special.sep, tokenizer.special.cls]
             writer.write(row)
         splits[split] = SplitInfo(
             rows=rows, tokens=int(lengths.sum()), documents=600, shards=tuple(writer.close())
@@ -71,6 +84,7 @@ def data_dir(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ),
         max_seq_length=32,
         keep_documents_apart=False,
+        packed=len(documents_end_at) > 0,
         splits=splits,
     ).save(folder)
     return folder

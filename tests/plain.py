@@ -49,7 +49,7 @@ def train_mlm(model: nn.Module, batches: list[Batch], *, lr: float, clip: float)
     optimizer = adamw(model, lr)
     losses = []
     for batch in batches:
-        logits = model.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+        logits = model.logits(batch.input_ids, batch.documents, batch.predicted_positions)
         loss = masked_lm_loss(logits, batch)
         loss.backward()
         update(model, optimizer, clip)
@@ -74,12 +74,12 @@ def train_rtd(
     table = generator.deberta.embeddings.word_embeddings  # type: ignore[union-attr]
     losses = []
     for batch in batches:
-        logits = generator.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+        logits = generator.logits(batch.input_ids, batch.documents, batch.predicted_positions)
         generator_loss = masked_lm_loss(logits, batch)
         corrupted = draw(logits, batch, num_tokens)
         if sharing == "es":  # one graph: the table's gradient is the sum of both losses'
             rows = table(corrupted)
-            found = discriminator(corrupted, batch.attention_mask, rows)
+            found = discriminator(corrupted, batch.documents, rows)
             discriminator_loss = replaced_loss(found, corrupted, batch)
             (generator_loss + rtd_lambda * discriminator_loss).backward()
             update(generator, generator_optimizer, clip)
@@ -87,7 +87,7 @@ def train_rtd(
             generator_loss.backward()
             update(generator, generator_optimizer, clip)
             rows = table(corrupted).detach() if sharing == "gdes" else None
-            found = discriminator(corrupted, batch.attention_mask, rows)
+            found = discriminator(corrupted, batch.documents, rows)
             discriminator_loss = replaced_loss(found, corrupted, batch)
             (rtd_lambda * discriminator_loss).backward()
         update(discriminator, discriminator_optimizer, clip)
@@ -96,7 +96,7 @@ def train_rtd(
 
 
 def evaluate_mlm(model: nn.Module, batch: Batch) -> dict[str, float]:
-    logits = model.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+    logits = model.logits(batch.input_ids, batch.documents, batch.predicted_positions)
     used = batch.labels >= 0
     right = (logits[used].argmax(-1) == batch.labels[used]).double().mean()
     return {
@@ -109,10 +109,10 @@ def evaluate_rtd(
     generator: nn.Module, discriminator: nn.Module, batch: Batch, num_tokens: int
 ) -> dict[str, float]:
     """For GDES; the AUC by counting pairs."""
-    logits = generator.logits(batch.input_ids, batch.attention_mask, batch.predicted_positions)
+    logits = generator.logits(batch.input_ids, batch.documents, batch.predicted_positions)
     corrupted = draw(logits, batch, num_tokens)
     rows = generator.deberta.embeddings.word_embeddings(corrupted)  # type: ignore[union-attr]
-    found = discriminator(corrupted, batch.attention_mask, rows)
+    found = discriminator(corrupted, batch.documents, rows)
     replaced = (corrupted != batch.original_ids())[batch.attention_mask]
     scores = found[batch.attention_mask]
     good, bad = scores[replaced], scores[~replaced]

@@ -31,8 +31,7 @@ STAGES = [0, 1, 2, 3]
 FP32_TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def batches(data_dir: Path, tokenizer: DebertaTokenizer) -> list[Batch]:
+def read_batches(data_dir: Path, tokenizer: DebertaTokenizer) -> list[Batch]:
     steps = build_train_batches(
         data_dir=data_dir,
         tokenizer=tokenizer,
@@ -42,6 +41,11 @@ def batches(data_dir: Path, tokenizer: DebertaTokenizer) -> list[Batch]:
         seed=7,
     )
     return [next(steps)[0] for _ in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def batches(data_dir: Path, tokenizer: DebertaTokenizer) -> list[Batch]:
+    return read_batches(data_dir, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +64,27 @@ def valid_batch(data_dir: Path, tokenizer: DebertaTokenizer) -> Batch:
 @pytest.fixture(scope="module")
 def expected(batches: list[Batch], tokenizer: DebertaTokenizer) -> dict:
     """Plain training of every kind: losses per step, and the weights at the end."""
-    results = {}
-    for kind in KINDS:
-        objective = "mlm" if kind == "mlm" else "rtd"
-        models = build_models(objective, kind, tokenizer)
-        if objective == "mlm":
-            losses = plain.train_mlm(models["model"], batches, lr=LR, clip=CLIP)
-        else:
-            losses = plain.train_rtd(
-                models["generator"],
-                models["discriminator"],
-                batches,
-                sharing=kind,
-                num_tokens=tokenizer.num_tokens,
-                rtd_lambda=RTD_LAMBDA,
-                lr=LR,
-                discriminator_lr=DISCRIMINATOR_LR,
-                clip=CLIP,
-            )
-        results[kind] = losses, {name: model.state_dict() for name, model in models.items()}
-    return results
+    return {kind: train_plainly(kind, batches, tokenizer) for kind in KINDS}
+
+
+def train_plainly(kind: str, batches: list[Batch], tokenizer: DebertaTokenizer) -> tuple:
+    objective = "mlm" if kind == "mlm" else "rtd"
+    models = build_models(objective, kind, tokenizer)
+    if objective == "mlm":
+        losses = plain.train_mlm(models["model"], batches, lr=LR, clip=CLIP)
+    else:
+        losses = plain.train_rtd(
+            models["generator"],
+            models["discriminator"],
+            batches,
+            sharing=kind,
+            num_tokens=tokenizer.num_tokens,
+            rtd_lambda=RTD_LAMBDA,
+            lr=LR,
+            discriminator_lr=DISCRIMINATOR_LR,
+            clip=CLIP,
+        )
+    return losses, {name: model.state_dict() for name, model in models.items()}
 
 
 def case(kind: str, stage: int, precision: str) -> dict[str, str]:
@@ -105,6 +110,10 @@ BF16_CASES = [
     *(case(kind, stage, "bf16") for kind in ("mlm", "gdes", "es") for stage in STAGES),
     *(case("gdes", stage, "bf16_offload") for stage in (2, 3)),
 ]
+PACKED_CASES = [
+    each | {"name": f"{each['name']}_packed"}
+    for each in (case("gdes", 2, "fp32"), case("es", 1, "fp32"), case("mlm", 3, "bf16"))
+]
 CASES = [
     *(case(kind, stage, "fp32") for kind in KINDS for stage in STAGES),
     case("gdes", 1, "fp32_json_optimizer"),
@@ -113,20 +122,28 @@ CASES = [
         for stage in STAGES
     ),
     *BF16_CASES,
+    *PACKED_CASES,
 ]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-rank", "two-ranks"])
 def trained(
-    request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    data_dir: Path,
+    packed_data_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     out_dir = tmp_path_factory.mktemp(f"world{request.param}")
     by_json = str(json_optimizer_config(out_dir))
-    cases = [c | {"config": by_json} if "json" in c["name"] else c for c in CASES]
+    cases = [
+        each
+        | ({"config": by_json} if "json" in each["name"] else {})
+        | {"data": str(packed_data_dir if "packed" in each["name"] else data_dir)}
+        for each in CASES
+    ]
     run_ranks(
         ROOT / "tests/workers/train_engines.py",
         json.dumps(cases),
-        str(data_dir),
         str(out_dir),
         world_size=request.param,
     )
@@ -193,6 +210,19 @@ def test_bf16_trains_as_plain_fp32(trained: Path, expected: dict, name: str) -> 
     losses = torch.tensor(losses_of(trained, name))
     truth = torch.tensor(expected[name.split("_")[0]][0])
     torch.testing.assert_close(losses, truth, rtol=0, atol=0.03)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [c["name"] for c in PACKED_CASES])
+def test_packed_documents_train_as_in_plain_pytorch(
+    trained: Path, packed_data_dir: Path, tokenizer: DebertaTokenizer, name: str
+) -> None:
+    batches = read_batches(packed_data_dir, tokenizer)
+    assert {batch.documents.max().item() for batch in batches} == {3}
+    truth, _ = train_plainly(name.split("_")[0], batches, tokenizer)
+    tolerance = FP32_TOLERANCE if "fp32" in name else 0.03
+    losses = torch.tensor(losses_of(trained, name))
+    torch.testing.assert_close(losses, torch.tensor(truth), rtol=0, atol=tolerance)
 
 
 @pytest.mark.distributed

@@ -29,8 +29,9 @@ class Batch:
 
     input_ids: Tensor
     """[B, L] int64, after masking, padded with [PAD]."""
-    attention_mask: Tensor
-    """[B, L] bool, True where a real token."""
+    documents: Tensor
+    """[B, L] bool, True where a real token. Of packed data int32: the number of the token's
+    document in its row, from 1; 0 for padding."""
     predicted_positions: Tensor
     """[B, P] int64, ascending; 0 where unused."""
     labels: Tensor
@@ -39,6 +40,11 @@ class Batch:
     """[B, P] float64 in [0, 1): chance for whoever samples at a predicted position."""
     sample_numbers: Tensor
     """[B] int64; -1 for the empty rows that fill a validation pass up."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, L] bool, True where a real token."""
+        return self.documents if self.documents.dtype == torch.bool else self.documents != 0
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to a device, without waiting for it."""
@@ -78,16 +84,18 @@ class MaskingCollator:
         predicted_positions = np.zeros(shape, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX)
         uniforms = np.zeros(shape)
-        lengths = np.zeros((len(samples), 1), dtype=np.int64)
+        is_packed = self.dataset.is_packed
+        documents = np.zeros(input_ids.shape, dtype=np.int32 if is_packed else np.bool_)
 
         for i, (sample_number, row) in enumerate(samples):
             if (sample_number, row) == EMPTY:
                 continue
             rng = np.random.Generator(np.random.Philox(key=sample_number << 64 | self.seed))
             content = self.dataset[row]
-            n = lengths[i] = len(content) + 2
+            n = len(content) + 2
             ids = input_ids[i, :n]
             ids[0], ids[1:-1], ids[-1] = special.cls, content, special.sep
+            documents[i, :n] = (ids == special.cls).cumsum() if is_packed else True
             ids[:], positions, originals = self.masker(ids, rng)
             predicted_positions[i, : len(positions)] = positions
             labels[i, : len(positions)] = originals
@@ -95,7 +103,7 @@ class MaskingCollator:
 
         return Batch(
             input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(np.arange(length) < lengths),
+            documents=torch.from_numpy(documents),
             predicted_positions=torch.from_numpy(predicted_positions),
             labels=torch.from_numpy(labels),
             uniforms=torch.from_numpy(uniforms),

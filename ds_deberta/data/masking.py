@@ -58,7 +58,7 @@ class NGramMasker:
         """Mask one row.
 
         Args:
-            ids: [n] with [CLS] and [SEP].
+            ids: [n] with [CLS] and [SEP]; one or more documents, which each start with [CLS].
             rng: The same generator state gives the same mask.
 
         Returns:
@@ -89,18 +89,22 @@ class NGramMasker:
         """Take whole words, in runs, until the budget is reached; return their positions.
 
         The row's words are cut into consecutive runs, which are visited in random order. The cut
-        starts at a random word and goes around the end, so that no position is special.
+        starts at a random word and goes around the end, so that no position is special. Neither
+        words nor runs reach from one document into another.
         """
+        document = (ids == self.special.cls).cumsum()[candidates]
         starts = self.is_word_start[ids[candidates]]
-        starts[0] = True
+        starts |= _differs(document)
         first = np.flatnonzero(starts)  # index of each word's first token in `candidates`
         size = np.diff(first, append=len(candidates))
         num_words = len(first)
 
         lengths = 1 + np.searchsorted(self._ngram_cdf, rng.random(num_words), side="right")
-        run_of_word = np.repeat(np.arange(num_words), lengths)[:num_words]
-        order = np.argsort(rng.random(num_words)[run_of_word], kind="stable")
-        words = (order + rng.integers(num_words)) % num_words
+        chance = rng.random(num_words)
+        cut = (np.arange(num_words) + rng.integers(num_words)) % num_words
+        run = np.repeat(np.arange(num_words), lengths)[:num_words]
+        run = (_differs(run) | _differs(document[first[cut]])).cumsum() - 1
+        words = cut[np.argsort(chance[run], kind="stable")]
 
         # The word that reaches the budget is the last, and taken whole if the capacity allows.
         num_taken = np.cumsum(size[words])
@@ -124,3 +128,8 @@ class NGramMasker:
     def _ngram_cdf(self) -> np.ndarray:
         weights = 1 / np.arange(1, self.max_ngram + 1)
         return np.cumsum(weights / weights.sum())[:-1]
+
+
+def _differs(values: np.ndarray) -> np.ndarray:
+    """Tell for each value whether it differs from the one before it; the first one does."""
+    return np.diff(values, prepend=values[:1] - 1) != 0

@@ -5,7 +5,8 @@ A data folder holds
     manifest.json            what the data is: vocabulary, row length, counts and hashes
     spm.model                the vocabulary the rows were made with
     train/00000.arrow ...    rows; Arrow IPC files, uncompressed, one record batch with the one
-    valid/00000.arrow ...    column `ids`: list<int32>, without [CLS], [SEP] or padding
+    valid/00000.arrow ...    column `ids`: list<int32>, without [CLS], [SEP] or padding;
+                             of packed data with [SEP] [CLS] between a row's documents
 
 Opening it costs a look at every shard's footer and nothing per row; a row is a slice of the map.
 """
@@ -64,11 +65,16 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a data folder holds. `max_seq_length` counts [CLS] and [SEP], which rows lack."""
+    """What a data folder holds.
+
+    `max_seq_length` counts [CLS] and [SEP], which rows lack at their ends. Where `packed`, a row is
+    one or more documents apart from each other, with [SEP] [CLS] between them.
+    """
 
     tokenizer: TokenizerInfo
     max_seq_length: int
     keep_documents_apart: bool
+    packed: bool = False
     splits: dict[str, SplitInfo]
     format_version: int = FORMAT_VERSION
 
@@ -162,6 +168,7 @@ class ShardDataset:
     """
 
     def __init__(self, data_dir: Path, split: str, manifest: Manifest):
+        self.is_packed = manifest.packed
         if split not in manifest.splits:
             raise ValueError(
                 f"{data_dir} has no split {split!r}; it has {', '.join(manifest.splits) or 'none'}"

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_deberta.kernels import AttentionFn, Dropout, disentangled_attention
 from ds_deberta.model.attention import DisentangledSelfAttention
 from ds_deberta.model.config import ACTIVATIONS, DebertaConfig
+from ds_deberta.model.documents import document_starts, is_token
 from ds_deberta.model.relative import slot, slot_table
 
 EmbeddingSharing = Literal["gdes", "es", "nes"]
@@ -62,7 +63,8 @@ class DebertaModel(nn.Module):
 
         Args:
             input_ids: Token ids.
-            attention_mask: True where a real token is.
+            attention_mask: True where a real token is; or the number of its document, 0 for
+                padding. Documents of a row do not see each other.
             base_embeddings: The generator's `Embeddings.lookup` of these ids; for `gdes` and `es`.
             predicted_positions: Return the states that predict the tokens here, and only those.
                 Needs the position table.
@@ -72,7 +74,11 @@ class DebertaModel(nn.Module):
             return self.encoder(hidden, attention_mask)
         position_states = None
         if not self.position_biased_input:
-            position_states = self.embeddings.position_embeddings(predicted_positions)
+            starts = document_starts(attention_mask)
+            own = predicted_positions
+            if starts is not None:
+                own = own - starts.gather(1, own)
+            position_states = self.embeddings.position_embeddings(own)
         return self.encoder(hidden, attention_mask, predicted_positions, position_states)
 
 
@@ -94,11 +100,14 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def lookup(self, input_ids: Tensor) -> Tensor:
+    def lookup(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return [B, L, E], the sum of the tables that feed the input."""
         embedded = self.word_embeddings(input_ids)
         if self.position_biased_input:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            starts = document_starts(attention_mask)
+            if starts is not None:
+                positions = positions - starts
             embedded = embedded + self.position_embeddings(positions)
         return embedded
 
@@ -115,12 +124,12 @@ class Embeddings(nn.Module):
                 f"got {'none' if base_embeddings is None else 'some'} for {self.embedding_sharing}"
             )
         if base_embeddings is None:
-            embedded = self.lookup(input_ids)
+            embedded = self.lookup(input_ids, attention_mask)
         elif self.embedding_sharing == "gdes":
-            embedded = base_embeddings + self.lookup(input_ids)
+            embedded = base_embeddings + self.lookup(input_ids, attention_mask)
         else:
             embedded = base_embeddings
-        return self.dropout(self.LayerNorm(embedded) * attention_mask[..., None])
+        return self.dropout(self.LayerNorm(embedded) * is_token(attention_mask)[..., None])
 
 
 class DeltaEmbedding(nn.Module):
@@ -165,7 +174,7 @@ class Encoder(nn.Module):
 
         Args:
             hidden: The embedded input.
-            attention_mask: True where a real token is.
+            attention_mask: True where a real token is, or the number of its document.
             query_positions: Run the last layer for these positions only. Its keys and values come
                 from the whole row, so what comes out is exact.
             position_states: Embeddings of these positions. They make the last layer the enhanced

@@ -14,6 +14,7 @@ from ds_deberta.kernels import (
     linear_cross_entropy,
 )
 from ds_deberta.model.config import ACTIVATIONS, DebertaConfig
+from ds_deberta.model.documents import first_states
 from ds_deberta.model.encoder import DebertaModel, EmbeddingSharing, initialize
 
 
@@ -50,7 +51,7 @@ class DebertaForMaskedLM(nn.Module):
 
         Args:
             input_ids: Token ids.
-            attention_mask: True where a real token is.
+            attention_mask: True where a real token is, or the number of its document.
             predicted_positions: What to predict.
             labels: The tokens that are right; negative where there is nothing to predict.
             uniforms: In [0, 1), one for each token to draw; None: draw nothing.
@@ -149,11 +150,12 @@ class DebertaForRTD(nn.Module):
         base_embeddings: Tensor | None = None,  # [B, L, E]
     ) -> Tensor:  # [B, L]
         """Return the logits of "replaced"; see `DebertaModel.forward` for `base_embeddings`."""
-        return self.mask_predictions(self.deberta(input_ids, attention_mask, base_embeddings))
+        hidden = self.deberta(input_ids, attention_mask, base_embeddings)
+        return self.mask_predictions(hidden, attention_mask)
 
 
 class RTDHead(nn.Module):
-    """Classify each position together with the [CLS] state."""
+    """Classify each position together with the state of its document's [CLS]."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
@@ -162,7 +164,7 @@ class RTDHead(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Map [B, L, E] to logits [B, L]."""
-        states = self.LayerNorm(hidden[:, :1] + hidden)
+        states = self.LayerNorm(first_states(hidden, attention_mask) + hidden)
         return self.classifier(self.activation(self.dense(states))).squeeze(-1)

@@ -58,9 +58,7 @@ class MLMObjective:
         )
 
     def _run(self, batch: Batch) -> HeadOutput:
-        return self.model(
-            batch.input_ids, batch.attention_mask, batch.predicted_positions, batch.labels
-        )
+        return self.model(batch.input_ids, batch.documents, batch.predicted_positions, batch.labels)
 
 
 def fill_in(batch: Batch, tokens: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Corrupted:
     """What the generator made of a batch."""
 
     input_ids: Tensor  # [B, L] the row the discriminator reads
+    documents: Tensor  # [B, L]
     attention_mask: Tensor  # [B, L]
     replaced: Tensor  # [B, L] True where the token differs from the original
     metrics: dict[str, tuple[Tensor, Tensor]]
@@ -95,7 +96,7 @@ class RTDObjective:
     def eval_step(self, batch: Batch) -> Metrics:
         """Both models on one batch; the samples depend on the row and the seed alone."""
         corrupted = self._corrupt(batch, self._generate(batch))
-        base = self._shared_rows(corrupted.input_ids)
+        base = self._shared_rows(corrupted)
         metrics = self._discriminator_metrics(corrupted, self._discriminator(corrupted, base))
         examples = {
             "original": batch.original_ids()[:EXAMPLES],
@@ -112,7 +113,7 @@ class RTDObjective:
 
     def _discriminator_step(self, corrupted: Corrupted, weight: Tensor) -> Metrics:
         with torch.no_grad():
-            base = self._shared_rows(corrupted.input_ids)
+            base = self._shared_rows(corrupted)
         logits = self._discriminator(corrupted, base)
         self.discriminator.backward(_rtd_loss(logits, corrupted) * weight)
         self.discriminator.step()
@@ -125,7 +126,7 @@ class RTDObjective:
         output = self._generate(batch)
         corrupted = self._corrupt(batch, output)
 
-        rows = self._shared_rows(corrupted.input_ids)
+        rows = self._shared_rows(corrupted)
         assert rows is not None
         leaf = rows.detach().requires_grad_()  # [B, L, E]
         rtd_logits = self._discriminator(corrupted, leaf)
@@ -141,7 +142,7 @@ class RTDObjective:
     def _generate(self, batch: Batch) -> HeadOutput:
         return self.generator(
             batch.input_ids,
-            batch.attention_mask,
+            batch.documents,
             batch.predicted_positions,
             batch.labels,
             batch.uniforms,
@@ -149,7 +150,7 @@ class RTDObjective:
             temperature=self.temperature,
         )
 
-    def _shared_rows(self, input_ids: Tensor) -> Tensor | None:
+    def _shared_rows(self, corrupted: Corrupted) -> Tensor | None:
         """The generator's embedding rows [B, L, E], or None where nothing is shared.
 
         A lookup, never the whole table; under ZeRO-3 the embedding's own hooks gather it.
@@ -157,10 +158,10 @@ class RTDObjective:
         if self.embedding_sharing == "nes":
             return None
         generator: Any = self.generator.module
-        return generator.deberta.embeddings.lookup(input_ids)
+        return generator.deberta.embeddings.lookup(corrupted.input_ids, corrupted.documents)
 
     def _discriminator(self, corrupted: Corrupted, base: Tensor | None) -> Tensor:
-        return self.discriminator(corrupted.input_ids, corrupted.attention_mask, base)  # [B, L]
+        return self.discriminator(corrupted.input_ids, corrupted.documents, base)  # [B, L]
 
     def _corrupt(self, batch: Batch, output: HeadOutput) -> Corrupted:
         assert output.samples is not None
@@ -169,6 +170,7 @@ class RTDObjective:
         replaced = input_ids != batch.original_ids()  # [B, L]
         return Corrupted(
             input_ids=input_ids,
+            documents=batch.documents,
             attention_mask=batch.attention_mask,
             replaced=replaced,
             metrics={

@@ -77,8 +77,10 @@ class Data:
     rows: dict[str, list[np.ndarray]]
 
 
-def _write_data(folder: Path, tokenizer: DebertaTokenizer, num_rows: dict[str, int]) -> Data:
-    """Rows of 1 to 30 random ordinary ids, in shards of 10 rows."""
+def _write_data(
+    folder: Path, tokenizer: DebertaTokenizer, num_rows: dict[str, int], *, packed: bool = False
+) -> Data:
+    """Rows of 1 to 30 random ordinary ids, in shards of 10 rows; packed: with [SEP] [CLS]."""
     rng = np.random.default_rng(0)
     rows, splits = {}, {}
     for split, count in num_rows.items():
@@ -88,6 +90,9 @@ def _write_data(folder: Path, tokenizer: DebertaTokenizer, num_rows: dict[str, i
             for _ in range(count)
         ]
         for row in rows[split]:
+            if packed:
+                for at in range(rng.integers(1, 12), len(row) - 2, 9):
+                    row[at : at + 2] = tokenizer.special.sep, tokenizer.special.cls
             writer.write(row)
         tokens = sum(len(row) for row in rows[split])
         splits[split] = SplitInfo(
@@ -100,6 +105,7 @@ def _write_data(folder: Path, tokenizer: DebertaTokenizer, num_rows: dict[str, i
         ),
         max_seq_length=32,
         keep_documents_apart=False,
+        packed=packed,
         splits=splits,
     )
     manifest.save(folder)

@@ -14,6 +14,7 @@ from ds_deberta.data.loader import (
     build_train_batches,
     build_valid_batches,
 )
+from ds_deberta.data.sampler import EMPTY
 
 
 def assert_same(batch, other):
@@ -79,6 +80,31 @@ def test_a_batch_is_the_rows_masked_and_padded(data, collator, masker):
         rest = torch.ones(32, dtype=torch.bool).index_fill(0, positions, False)
         assert torch.equal(batch.input_ids[i][rest], original[i][rest])
     assert batch.input_ids.eq(masker.special.mask).any()
+
+
+def test_packed_rows_get_the_number_of_each_tokens_document(
+    tmp_path, tokenizer, masker, write_data
+):
+    data = write_data(tmp_path, tokenizer, {"train": 41}, packed=True)
+    collator = MaskingCollator(ShardDataset(data.folder, "train", data.manifest), masker, seed=3)
+    batch = collator([(i, i) for i in range(41)] + [EMPTY])
+    assert batch.documents.dtype == torch.int32
+    for i, row in enumerate(data.rows["train"]):
+        expected, number = [1], 1
+        for token in row.tolist():
+            number += token == tokenizer.special.cls
+            expected.append(number)
+        expected.append(number)
+        assert batch.documents[i].tolist() == expected + [0] * (32 - len(expected))
+    assert batch.documents[-1].eq(0).all()
+    assert batch.documents.max() == 4
+    assert torch.equal(batch.attention_mask, batch.documents != 0)
+    # [CLS] and [SEP] within a row are as little predicted as those at its ends.
+    ends = torch.tensor([tokenizer.special.cls, tokenizer.special.sep])
+    assert not torch.isin(batch.labels, ends).any()
+    assert torch.equal(
+        torch.isin(batch.original_ids(), ends), torch.isin(batch.input_ids, ends)
+    )  # nor drawn at random
 
 
 def test_masks_and_uniforms_depend_on_the_seed_and_the_sample_number_alone(collator, masker):

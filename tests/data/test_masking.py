@@ -257,6 +257,44 @@ def test_a_word_beyond_the_capacity_is_cut_there(special, rng):
     assert min(counts) >= 77
 
 
+def packed_row(rng, special, length, documents):
+    """Documents of `length` ids each, with [CLS] and [SEP]."""
+    row = random_row(rng, special, length * documents)
+    row[::length], row[length - 1 :: length] = special.cls, special.sep
+    return row
+
+
+def test_runs_of_words_end_with_their_document(special, rng):
+    """Few masks in documents of three words: runs would often reach into the next document."""
+    starts = np.ones(NUM_TOKENS, dtype=bool)
+    settings = {"max_seq_length": 20_000, "mask_prob": 0.005, "is_word_start": starts}
+    masker = make_masker(special, max_ngram=3, **settings)
+    both = inside = 0
+    for _ in range(100):
+        taken = np.zeros((4000, 5), dtype=bool)
+        taken.flat[masker(packed_row(rng, special, 5, 4000), rng)[1]] = True
+        assert not taken[:, [0, 4]].any()
+        both += (taken[:-1, 3] & taken[1:, 1]).sum()
+        inside += (taken[:, 1] & taken[:, 2]).sum()
+    assert inside > 500
+    assert both < inside / 20  # by chance
+
+
+def test_words_end_with_their_document(special, rng):
+    """The second piece of a long document may start within a word."""
+    masker = make_masker(
+        special, max_ngram=3, mask_prob=0.05, is_word_start=np.zeros(NUM_TOKENS, dtype=bool)
+    )
+    seen = set()
+    for _ in range(50):
+        positions = masker(packed_row(rng, special, 8, 64), rng)[1]
+        documents, counts = np.unique(positions // 8, return_counts=True)
+        assert len(documents) == 5  # of 6 tokens each, for a budget of 26
+        assert (counts == 6).all()
+        seen.update(documents)
+    assert len(seen) > 50
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

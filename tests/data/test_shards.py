@@ -98,6 +98,14 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
         Manifest.load(tmp_path)
 
 
+def test_a_manifest_of_before_there_was_packing_loads(data):
+    path = data.folder / "manifest.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("packed") is False
+    path.write_text(json.dumps(fields))
+    assert Manifest.load(data.folder) == data.manifest
+
+
 def test_another_format_version_is_refused(data):
     replace(data.manifest, format_version=2).save(data.folder)
     with pytest.raises(ValueError, match="must have format version 1; it has 2"):

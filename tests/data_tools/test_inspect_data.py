@@ -40,6 +40,21 @@ def test_the_report_shows_counts_lengths_rows_and_masks(inspect, data_dir: Path,
     assert "all checksums are right" in out
 
 
+def test_packed_rows_are_shown_with_their_documents(inspect, packed_data_dir: Path, tokenizer):
+    code, out, err = inspect(packed_data_dir, "--rows", 2, "--verify")
+    assert (code, err) == (0, "")
+    assert "documents packed, apart from each other" in out
+    train = ShardDataset(packed_data_dir, "train", Manifest.load(packed_data_dir))
+    # 29 of the 200 train rows hold two documents, the others three.
+    assert out.count("per row: 2.9\n") == 1
+    assert out.count("per row: 2.8\n") == 1  # 4 of 24
+    text = f"train row 199: {tokenizer.decode(train[199])}\n"
+    assert text in out
+    assert text.count("[SEP] [CLS]") == 2
+    words = [row[row > 2] for row in (train[number] for number in range(200))]
+    assert f"{unigram_entropy(words):.2f} nats" in out
+
+
 def test_the_masked_examples_are_of_the_middle_row(inspect, data_dir: Path, tokenizer):
     _, out, _ = inspect(data_dir)
     row = ShardDataset(data_dir, "train", Manifest.load(data_dir))[100]

@@ -31,6 +31,7 @@ from tests.data_tools.dumps import dump
 from tests.launch import clean_environment
 
 ROW_LENGTH = 30
+CLS, SEP = 1, 2
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,45 @@ def test_documents_can_be_kept_apart(prepare, tmp_path: Path, corpus: Path, enco
     assert Manifest.load(tmp_path / "d").keep_documents_apart
 
 
+def unpacked(rows: list[list[int]]) -> list[list[int]]:
+    """The pieces of documents in packed rows."""
+    pieces: list[list[int]] = []
+    for row in rows:
+        pieces.append([])
+        for i in row:
+            if i == CLS:
+                assert pieces[-1].pop() == SEP
+                pieces.append([])
+            else:
+                pieces[-1].append(i)
+    return pieces
+
+
+def test_documents_can_be_packed(prepare, tmp_path: Path, corpus: Path, encoded, capsys):
+    flags = ("--pack_documents", "--valid_fraction", 0, "--max_seq_length", 102)
+    assert prepare("-i", corpus, "-o", tmp_path / "d", *flags) == 0
+    manifest = Manifest.load(tmp_path / "d")
+    assert manifest.packed
+    rows = read_rows(tmp_path / "d", "train")
+    expected = [ids[at : at + 100] for ids in encoded for at in range(0, len(ids), 100)]
+    assert sorted(unpacked(rows)) == sorted(expected)
+    assert max(map(len, rows)) <= 100
+    assert len(rows) < 0.9 * len(expected)
+    split = manifest.splits["train"]
+    assert (split.rows, split.tokens) == (len(rows), sum(map(len, rows)))
+    assert split.documents == 117
+    fill = (split.tokens + 2 * len(rows)) / (102 * len(rows))
+    assert fill > 0.95
+    assert f"rows {fill:.1%} full" in capsys.readouterr().out
+
+
+def test_packing_and_keeping_apart_exclude_each_other(prepare, tmp_path, corpus, capsys):
+    with pytest.raises(SystemExit) as error:
+        prepare("-i", corpus, "-o", tmp_path, "--pack_documents", "--keep_documents_apart")
+    assert error.value.code == 2
+    assert "must not be given together" in capsys.readouterr().err
+
+
 def test_validation_can_have_files_of_its_own(prepare, tmp_path: Path, corpus: Path, vocab_file):
     lines = sentences(100, seed=8)
     (tmp_path / "v.txt").write_text("\n".join(lines))
@@ -179,12 +219,12 @@ def crash_at(n: int, *, renamed: bool) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("apart", [(), ("--keep_documents_apart",)])
+@pytest.mark.parametrize("mode", [(), ("--keep_documents_apart",), ("--pack_documents",)])
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_crash_at_any_moment_leaves_no_trace(prepare, tmp_path, corpus, texts, apart, renamed):
+def test_a_crash_at_any_moment_leaves_no_trace(prepare, tmp_path, corpus, texts, mode, renamed):
     second = tmp_path / "b.jsonl"
     second.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[::-1]))
-    flags = ("-i", corpus, second, "--valid_fraction", 0.2, "--rows_per_shard", 300, *apart)
+    flags = ("-i", corpus, second, "--valid_fraction", 0.2, "--rows_per_shard", 300, *mode)
     assert prepare(*flags, "-o", tmp_path / "whole") == 0
     whole = read_bytes(tmp_path / "whole")
     for n in itertools.count(1):
@@ -301,6 +341,7 @@ def test_a_damaged_folder_is_not_called_ready(prepare, tmp_path: Path, corpus: P
     [
         (("--max_seq_length", 64), "max_seq_length: 32 then, 64 now"),
         (("--keep_documents_apart",), "keep_documents_apart: False then, True now"),
+        (("--pack_documents",), "pack_documents: False then, True now"),
         (("--seed", 1), "seed: 0 then, 1 now"),
         ("vocabulary", "vocabulary: "),
         ("input", "input: 1 files"),
@@ -330,6 +371,25 @@ def test_other_settings_need_overwrite(
     assert prepare(*flags, "--overwrite", vocab=vocab) == 0
     assert prepare(*flags[:3], tmp_path / "fresh", *flags[4:], vocab=vocab) == 0
     assert read_bytes(tmp_path / "d") == read_bytes(tmp_path / "fresh")
+
+
+def test_a_folder_of_before_there_was_packing_goes_on(
+    prepare, tmp_path: Path, corpus: Path, capsys
+):
+    flags = ("-i", corpus, "-o", tmp_path / "d", "--rows_per_shard", 50)
+    assert prepare(*flags) == 0
+    before = read_bytes(tmp_path / "d")
+    state = json.loads(before["preparation.json"])
+    del state["settings"]["pack_documents"]
+    for each in state["progress"].values():
+        assert each.pop("open_rows") == []
+    (tmp_path / "d/preparation.json").write_text(json.dumps(state))
+    capsys.readouterr()
+    assert prepare(*flags) == 0
+    assert "is ready" in capsys.readouterr().out
+    (tmp_path / "d/manifest.json").unlink()
+    assert prepare(*flags) == 0
+    assert read_bytes(tmp_path / "d") == before
 
 
 def test_things_of_other_origin_are_not_touched(prepare, tmp_path: Path, corpus: Path, capsys):

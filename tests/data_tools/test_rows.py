@@ -30,13 +30,21 @@ def records(seed: int) -> list[tuple[tuple[int, int], bool, np.ndarray]]:
     return made
 
 
-def make_writer(folder: Path, progress: Progress, *, apart: bool) -> RowWriter:
+SEPARATOR = (3000, 2000)  # no ids of a document
+MODES = {
+    "joined": {"keep_documents_apart": False},
+    "apart": {"keep_documents_apart": True},
+    "packed": {"keep_documents_apart": False, "separator": SEPARATOR},
+}
+
+
+def make_writer(folder: Path, progress: Progress, *, mode: str) -> RowWriter:
     return RowWriter(
         folder,
         progress,
         row_length=ROW_LENGTH,
         rows_per_shard=ROWS_PER_SHARD,
-        keep_documents_apart=apart,
+        **MODES[mode],
     )
 
 
@@ -56,10 +64,10 @@ def cut(ids: list[int]) -> list[list[int]]:
     return [ids[start : start + ROW_LENGTH] for start in range(0, len(ids), ROW_LENGTH)]
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("mode", ["joined", "apart"])
 @pytest.mark.parametrize("seed", range(5))
-def test_rows_hold_all_ids_in_order(tmp_path: Path, seed: int, apart: bool):
-    writer = make_writer(tmp_path / "train", Progress(), apart=apart)
+def test_rows_hold_all_ids_in_order(tmp_path: Path, seed: int, mode: str):
+    writer = make_writer(tmp_path / "train", Progress(), mode=mode)
     documents: list[list[int]] = []
     for place, starts_document, ids in records(seed):
         if starts_document:
@@ -68,7 +76,8 @@ def test_rows_hold_all_ids_in_order(tmp_path: Path, seed: int, apart: bool):
         writer.add(place, starts_document=starts_document, ids=ids)
     split = writer.close()
     joined = [i for document in documents for i in document]
-    expected = [row for document in documents for row in cut(document)] if apart else cut(joined)
+    apart = [row for document in documents for row in cut(document)]
+    expected = apart if mode == "apart" else cut(joined)
     assert read_rows(tmp_path, split) == expected
     assert (split.rows, split.tokens) == (len(expected), len(joined))
     assert split.documents == sum(map(bool, documents))
@@ -76,10 +85,67 @@ def test_rows_hold_all_ids_in_order(tmp_path: Path, seed: int, apart: bool):
     assert [shard.rows for shard in split.shards[:-1]] == [ROWS_PER_SHARD] * (len(split.shards) - 1)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_writer_goes_on_from_every_finished_shard(tmp_path: Path, apart: bool):
+def pieces(row: list[int]) -> list[list[int]]:
+    """Undo the packing of a row."""
+    parts: list[list[int]] = [[]]
+    for first, second in zip(row, [*row[1:], -1], strict=True):
+        if (first, second) == SEPARATOR:
+            parts.append([])
+        elif first not in SEPARATOR:
+            parts[-1].append(first)
+    return parts
+
+
+@pytest.mark.parametrize("open_rows", [1, 3, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_rows_hold_every_piece_of_every_document_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, open_rows: int
+):
+    monkeypatch.setattr("rows.OPEN_ROWS", open_rows)
+    rng = np.random.default_rng(seed)
+    documents = [list(range(20 * n, 20 * n + rng.integers(0, 19))) for n in range(100)]
+    writer = make_writer(tmp_path / "train", Progress(), mode="packed")
+    for number, document in enumerate(documents):
+        half = len(document) // 2  # in two records
+        for part, ids in enumerate((document[:half], document[half:])):
+            writer.add((number, part), starts_document=part == 0, ids=np.array(ids, dtype=np.int32))
+    split = writer.close()
+    rows = read_rows(tmp_path, split)
+    got = [piece for row in rows for piece in pieces(row)]
+    expected = [piece for document in documents for piece in cut(document)]
+    assert sorted(got) == sorted(expected)
+    for number, document in enumerate(documents):
+        assert [i for piece in got for i in piece if i // 20 == number] == document  # in order
+    assert (split.rows, split.tokens) == (len(rows), sum(map(len, rows)))
+    assert writer.tokens == split.tokens
+    assert split.documents == sum(map(bool, documents))
+    assert max(map(len, rows)) == ROW_LENGTH
+    assert len(rows) < len(got)
+
+
+def test_more_open_rows_leave_less_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fills = []
+    for open_rows in (1, 16):
+        monkeypatch.setattr("rows.OPEN_ROWS", open_rows)
+        settings = {"row_length": 510, "rows_per_shard": 1000, **MODES["packed"]}
+        writer = RowWriter(tmp_path / str(open_rows), Progress(), **settings)
+        rng = np.random.default_rng(0)
+        for number in range(5000):
+            ids = np.zeros(int(rng.lognormal(4.5, 1.0)) + 1, dtype=np.int32)
+            writer.add((0, number), starts_document=True, ids=ids)
+        split = writer.close()
+        fills.append(split.tokens / (510 * split.rows))
+    assert fills[0] < 0.9
+    assert fills[1] > 0.98
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_writer_goes_on_from_every_finished_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+):
+    monkeypatch.setattr("rows.OPEN_ROWS", 3)
     stream = records(9)
-    writer = make_writer(tmp_path / "train", Progress(), apart=apart)
+    writer = make_writer(tmp_path / "train", Progress(), mode=mode)
     stages: list[Progress] = []
     for place, starts_document, ids in stream:
         writer.add(place, starts_document=starts_document, ids=ids)
@@ -89,7 +155,7 @@ def test_a_writer_goes_on_from_every_finished_shard(tmp_path: Path, apart: bool)
     stages.append(writer.progress)
     assert len(stages) > 10
     for stage in stages:
-        again = make_writer(tmp_path / "train", stage, apart=apart)
+        again = make_writer(tmp_path / "train", stage, mode=mode)
         for place, starts_document, ids in stream:
             if place >= stage.place:
                 again.add(place, starts_document=starts_document, ids=ids)

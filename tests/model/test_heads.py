@@ -237,7 +237,7 @@ def make_discriminators(
 def test_gdes_equals_own_tables_that_are_the_sum(config: DebertaConfig):
     shared, own, generator = make_discriminators(config)
     ids, mask, _ = make_batch()
-    base = generator.deberta.embeddings.lookup(ids).detach()
+    base = generator.deberta.embeddings.lookup(ids, mask).detach()
     logits, truth = shared(ids, mask, base), own(ids, mask)
     torch.testing.assert_close(logits[mask], truth[mask], atol=1e-5, rtol=1e-5)
     logits[mask].sin().mean().backward()
@@ -263,7 +263,7 @@ def test_es_uses_the_generators_tables_and_gives_them_the_gradient(config: Deber
     names = [n for n in own.state_dict() if n not in weights]
     own.load_state_dict({n: generator.state_dict()[n] for n in names}, strict=False)
     ids, mask, _ = make_batch()
-    logits = shared(ids, mask, generator.deberta.embeddings.lookup(ids))
+    logits = shared(ids, mask, generator.deberta.embeddings.lookup(ids, mask))
     truth = own(ids, mask)
     torch.testing.assert_close(logits[mask], truth[mask], atol=1e-5, rtol=1e-5)
     logits[mask].sin().mean().backward()
@@ -341,7 +341,7 @@ def test_a_bf16_model_stays_in_bf16_and_near_fp32():
     loss(logits.float()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     discriminator = DebertaForRTD(CONFIG, embedding_sharing="gdes").bfloat16()
-    base = model.deberta.embeddings.lookup(batch[0]).detach()
+    base = model.deberta.embeddings.lookup(*batch[:2]).detach()
     assert discriminator(*batch[:2], base).dtype == torch.bfloat16
 
 

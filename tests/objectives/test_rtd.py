@@ -62,7 +62,7 @@ def random_batch(tokenizer: DebertaTokenizer, rows: int, length: int = 32, seed:
     masked = torch.where(labels == IGNORE_INDEX, tokenizer.special.cls, tokenizer.special.mask)
     return Batch(
         input_ids=original.scatter(1, positions, masked),
-        attention_mask=mask,
+        documents=mask,
         predicted_positions=positions,
         labels=labels,
         uniforms=torch.rand(rows, 5, generator=g, dtype=torch.float64),
@@ -199,7 +199,7 @@ def test_evaluation_counts_empty_rows_as_nothing(tokenizer):
     batch = random_batch(tokenizer, rows=3)
     empty = Batch(
         input_ids=torch.zeros(2, 32, dtype=torch.int64),
-        attention_mask=torch.zeros(2, 32, dtype=torch.bool),
+        documents=torch.zeros(2, 32, dtype=torch.bool),
         predicted_positions=torch.zeros(2, 5, dtype=torch.int64),
         labels=torch.full((2, 5), IGNORE_INDEX),
         uniforms=torch.zeros(2, 5, dtype=torch.float64),

@@ -1,9 +1,9 @@
 """Runs on every rank: trains each given case for four steps on DeepSpeed engines.
 
-    train_engines.py CASES_JSON DATA_DIR OUT_DIR
+    train_engines.py CASES_JSON OUT_DIR
 
-A case is {"name", "config", "objective", "sharing"}. OUT_DIR gets NAME.json with the losses,
-NAME_valid.json with an evaluation at the end, and NAME/ with a checkpoint of every engine.
+A case is {"name", "config", "objective", "sharing", "data"}. OUT_DIR gets NAME.json with the
+losses, NAME_valid.json with an evaluation at the end, and NAME/ with a checkpoint of every engine.
 """
 
 import json
@@ -25,11 +25,12 @@ from tests.cases import BATCH, CLIP, DISCRIMINATOR_LR, LR, RTD_LAMBDA, STEPS, bu
 
 
 def main() -> None:
-    cases, data_dir, out_dir = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    cases, out_dir = json.loads(sys.argv[1]), Path(sys.argv[2])
     initialize(seed=0)
-    tokenizer = load_tokenizer(data_dir)
     optim = OptimConfig(learning_rate=LR, warmup=0, lr_schedule="constant", max_grad_norm=CLIP)
     for case in cases:
+        data_dir = Path(case["data"])
+        tokenizer = load_tokenizer(data_dir)
         lrs = {"discriminator": DISCRIMINATOR_LR}
         engines = {}
         for name, module in build_models(case["objective"], case["sharing"], tokenizer).items():

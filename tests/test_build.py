@@ -1,0 +1,32 @@
+"""What does not go together is refused when a run is put together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_deberta.build import build_objective, refuse_mixing
+from ds_deberta.config import PretrainConfig, parse
+from ds_deberta.model import load_model_config
+
+
+def run_of(model: str, data_dir: Path) -> PretrainConfig:
+    return parse(
+        ["--objective", "mlm", "--model", model, "--data_dir", str(data_dir), "--output_dir", "x"]
+    )
+
+
+def test_packed_documents_are_refused_for_a_model_with_a_convolution(packed_data_dir, tokenizer):
+    run = run_of("xlarge-v2", packed_data_dir)
+    message = "conv_kernel_size must be 0 for the packed documents of .* that of xlarge-v2 is 3"
+    with pytest.raises(ValueError, match=message):
+        build_objective(run, tokenizer, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [("xlarge-v2", "data_dir"), ("bert-base", "packed_data_dir")],
+)
+def test_other_models_and_other_data_are_not(model: str, data: str, request):
+    run = run_of(model, request.getfixturevalue(data))
+    refuse_mixing(run, {"model": load_model_config(model)})
