@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import random
+import signal
 import sys
 from datetime import timedelta
 
@@ -18,6 +19,7 @@ from torch import Tensor
 logger = logging.getLogger("ds_deberta")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -113,6 +115,18 @@ def shutdown() -> None:
     """Leave the process group once all ranks are done."""
     barrier()
     dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Tie this process's life to its parent's: signals to stop are for the parent alone.
+
+    A terminal and launchers send them to every process, and a worker that is gone is an error.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _keep_freed_memory() -> None:
