@@ -32,7 +32,7 @@ def pretrain(run: PretrainConfig) -> int:
         SystemExit: status 2, with a message, for what the user can mend.
     """
     try:
-        device = initialize(run.seed)
+        device = initialize(run.seed, expect_world_size=run.expect_world_size)
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(
             tokenizer.vocab_file

@@ -17,6 +17,7 @@ from tests.launch import ROOT, clean_environment, free_port, processes_with, run
 
 BIN = Path(sys.executable).parent
 PYTHON = (sys.executable, "run_pretrain.py")
+MLM = ("run_pretrain.py", "--objective", "mlm")
 
 
 class Run:
@@ -25,7 +26,7 @@ class Run:
     def __init__(self, folder: Path, *command: str, cwd: Path = ROOT, **environment: str) -> None:
         self.folder = folder
         self.shared_memory = set(os.listdir("/dev/shm"))
-        self.log = folder.parent / f"{folder.name}.log"
+        self.log = folder.parent / f"{folder.name}_{environment.get('RANK', '0')}.log"
         with self.log.open("w") as log:
             self.launcher = subprocess.Popen(
                 [*command, "--output_dir", str(folder)],
@@ -75,7 +76,7 @@ class Run:
 @pytest.fixture
 def flags(data_dir: Path, tiny_model_file: Path) -> list[str]:
     return [
-        *("--objective", "rtd", "--model", str(tiny_model_file), "--data_dir", str(data_dir)),
+        *("--model", str(tiny_model_file), "--data_dir", str(data_dir)),
         *("--deepspeed_config", str(ROOT / "ds_configs/zero1_fp32.json"), "--dropout", "0.1"),
         *("--max_seq_length", "32", "--train_batch_size", "4", "--micro_batch_size", "1"),
         *("--warmup", "3", "--lr_schedule", "constant", "--log_interval", "1"),
@@ -94,7 +95,7 @@ def rows(folder: Path) -> list[dict]:
 @pytest.mark.distributed
 def test_a_stopped_run_goes_on_as_if_it_had_not(flags, tmp_path):
     """One process, evaluating after every step, so that the signal most likely falls there."""
-    flags += ["--eval_interval", "1", "--num_workers", "1"]
+    flags += ["--objective", "rtd", "--eval_interval", "1", "--num_workers", "1"]
     with Run(tmp_path / "run", *PYTHON, *flags, *ENDLESS) as run:
         run.wait_for(lambda: run.has_logged(5))
         # A terminal's Ctrl-C goes to the worker too.
@@ -116,8 +117,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(flags, tmp_path):
 @pytest.mark.distributed
 def test_sigterm_to_the_deepspeed_launcher_stops_all_ranks(flags, tmp_path):
     """It passes nothing on and is gone at once; the ranks notice."""
-    command = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), PYTHON[1])
-    with Run(tmp_path / "run", *command, *flags, *ENDLESS) as run:
+    command = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()))
+    with Run(tmp_path / "run", *command, *MLM, *flags, *ENDLESS) as run:
         run.wait_for(lambda: run.has_logged(3))
         run.launcher.send_signal(signal.SIGTERM)
         assert run.launcher.wait(25) == -signal.SIGTERM
@@ -126,14 +127,29 @@ def test_sigterm_to_the_deepspeed_launcher_stops_all_ranks(flags, tmp_path):
 
 @pytest.mark.distributed
 def test_sigterm_to_one_rank_stops_all_ranks(flags, tmp_path):
-    command = ("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), PYTHON[1])
-    with Run(tmp_path / "run", *command, *flags, *ENDLESS, "--num_workers", "0") as run:
+    command = ("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    with Run(tmp_path / "run", *command, *MLM, *flags, *ENDLESS, "--num_workers", "0") as run:
         run.wait_for(lambda: run.has_logged(3))
         (rank,) = run.processes(rank=1)
         os.kill(rank, signal.SIGTERM)
         assert run.launcher.wait(25) == 1  # torchrun's own; it prints the rank's 143
         assert "exitcode  : 143" in run.log.read_text()
         run.check_saved()
+
+
+@pytest.mark.distributed
+def test_ctrl_c_on_one_node_of_two_stops_both(flags, tmp_path):
+    """As the original's: mlm.sh on each node, with variables that count nodes."""
+    nodes = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ("./mlm.sh", "bert-base", *flags, *ENDLESS, "--procs_per_node", "1")
+    with (
+        Run(tmp_path / "run", *command, "--expect_world_size", "2", **nodes, RANK="0") as first,
+        Run(tmp_path / "run", *command, "--expect_world_size", "2", **nodes, RANK="1") as second,
+    ):
+        first.wait_for(lambda: first.has_logged(3))
+        os.killpg(second.launcher.pid, signal.SIGINT)
+        assert first.launcher.wait(25) == second.launcher.wait(25) == 130
+        first.check_saved()
 
 
 def test_a_second_signal_ends_a_stuck_process(tmp_path):

@@ -1,5 +1,6 @@
 """Batches of masked rows, the same for any number of ranks and worker processes."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -226,6 +227,9 @@ def _build_loader(
 
 
 def _start_worker(_: int) -> None:
+    # A terminal and launchers send them to every process, and a worker that is gone is an error.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 
