@@ -23,19 +23,21 @@ MLM = ("run_pretrain.py", "--objective", "mlm")
 class Run:
     """A run of run_pretrain.py behind some launcher; leaving kills what is left of it."""
 
-    def __init__(self, folder: Path, *command: str, cwd: Path = ROOT, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *command: str, log: Path | None = None, **environment: str
+    ) -> None:
         self.folder = folder
         self.shared_memory = set(os.listdir("/dev/shm"))
-        self.log = folder.parent / f"{folder.name}_{environment.get('RANK', '0')}.log"
-        with self.log.open("w") as log:
+        self.log = log or folder.with_suffix(".log")
+        with self.log.open("w") as output:
             self.launcher = subprocess.Popen(
                 [*command, "--output_dir", str(folder)],
-                cwd=cwd,
+                cwd=ROOT,
                 env=clean_environment()
                 | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
                 | environment,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,  # as a shell does with a job of its own
             )
 
@@ -50,9 +52,9 @@ class Run:
                 continue
         self.launcher.wait()
 
-    def processes(self, rank: int | None = None) -> list[int]:
-        """All live processes of the run, or those of one rank, workers included."""
-        return processes_with(str(self.folder), **({} if rank is None else {"RANK": str(rank)}))
+    def processes(self, **environment: str) -> list[int]:
+        """The live processes of the run, workers included, or those with these variables."""
+        return processes_with(str(self.folder), **environment)
 
     def wait_for(self, what: Callable[[], object], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -130,7 +132,7 @@ def test_sigterm_to_one_rank_stops_all_ranks(flags, tmp_path):
     command = ("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()))
     with Run(tmp_path / "run", *command, *MLM, *flags, *ENDLESS, "--num_workers", "0") as run:
         run.wait_for(lambda: run.has_logged(3))
-        (rank,) = run.processes(rank=1)
+        (rank,) = run.processes(RANK="1")
         os.kill(rank, signal.SIGTERM)
         assert run.launcher.wait(25) == 1  # torchrun's own; it prints the rank's 143
         assert "exitcode  : 143" in run.log.read_text()
@@ -141,10 +143,10 @@ def test_sigterm_to_one_rank_stops_all_ranks(flags, tmp_path):
 def test_ctrl_c_on_one_node_of_two_stops_both(flags, tmp_path):
     """As the original's: mlm.sh on each node, with variables that count nodes."""
     nodes = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = ("./mlm.sh", "bert-base", *flags, *ENDLESS, "--procs_per_node", "1")
+    command = ("./mlm.sh", "bert-base", *flags, *ENDLESS, "--expect_world_size", "2")
     with (
-        Run(tmp_path / "run", *command, "--expect_world_size", "2", **nodes, RANK="0") as first,
-        Run(tmp_path / "run", *command, "--expect_world_size", "2", **nodes, RANK="1") as second,
+        Run(tmp_path / "run", *command, **nodes, RANK="0", log=tmp_path / "0.log") as first,
+        Run(tmp_path / "run", *command, **nodes, RANK="1", log=tmp_path / "1.log") as second,
     ):
         first.wait_for(lambda: first.has_logged(3))
         os.killpg(second.launcher.pid, signal.SIGINT)
