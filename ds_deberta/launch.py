@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from ds_deberta.distributed import Place, end_with_parent, find_place
+from ds_deberta.stop import ONE_REQUEST_SECONDS
 
 _SCRIPT = "run_pretrain.py"
 _SECONDS_TO_LEAVE = 30
@@ -159,8 +160,14 @@ def _run(command: Sequence[str]) -> int:
         preexec_fn=lambda: end_with_parent(signal.SIGTERM),
     )
 
+    asked_at: list[float] = []
+
     def pass_on(number: int, _: object) -> None:
-        _stop(launcher.pid, number)
+        asked_at.append(time.monotonic())
+        if asked_at[-1] - asked_at[0] <= ONE_REQUEST_SECONDS:
+            _stop(launcher.pid, number)
+        else:
+            os.killpg(launcher.pid, number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -171,7 +178,17 @@ def _run(command: Sequence[str]) -> int:
         time.sleep(0.1)
     if _alive(launcher.pid):
         os.killpg(launcher.pid, signal.SIGKILL)
-    return status if status >= 0 else 128 - status
+    return exit_status(status)
+
+
+def exit_status(returned: int) -> int:
+    """A process's status as shells give it: 128 and the number of the signal that ended it.
+
+    Python gives minus that number, and deepspeed hands a rank's on, which makes it 256 less it.
+    """
+    if returned < 0:
+        return 128 - returned
+    return 128 + 256 - returned if returned > 256 - signal.NSIG else returned
 
 
 def _stop(launcher: int, number: int) -> None:

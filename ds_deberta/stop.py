@@ -21,7 +21,7 @@ from ds_deberta.distributed import logger, world_size
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Launchers repeat a signal, or send another on top: what comes so soon is still the first request.
-_ONE_REQUEST_SECONDS = 2.0
+ONE_REQUEST_SECONDS = 2.0
 _SECONDS_BETWEEN_QUESTIONS = 1.0
 _MOST_STEPS_BETWEEN_QUESTIONS = 10
 
@@ -113,7 +113,7 @@ class StopRequest:
         if not self._asked:
             self._asked, self._asked_at = number, time.monotonic()
             logger.info("%s: saving after this step, then ending; once more: at once", reason)
-        elif time.monotonic() - self._asked_at > _ONE_REQUEST_SECONDS:
+        elif time.monotonic() - self._asked_at > ONE_REQUEST_SECONDS:
             os._exit(128 + number)
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from ds_deberta.distributed import find_place
-from ds_deberta.launch import check_options, find_node, placing_options, split_command
+from ds_deberta.launch import check_options, exit_status, find_node, placing_options, split_command
 
 ONE = find_place({})
 NODE = find_place({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "5"})
@@ -69,3 +69,7 @@ def test_a_process_is_not_launched_again():
     assert find_node(step).unit == "node"
     with pytest.raises(ValueError, match="the processes are started already"):
         find_node(step | {"SLURM_STEP_TASKS_PER_NODE": "2"})
+
+
+def test_a_signal_gives_the_status_that_shells_give():
+    assert [exit_status(x) for x in (0, 7, 143, -15, 241, 247)] == [0, 7, 143, 143, 143, 137]

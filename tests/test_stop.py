@@ -156,7 +156,7 @@ def test_ctrl_c_on_one_node_of_two_stops_both(flags, tmp_path):
 
 def test_a_second_signal_ends_a_stuck_process(tmp_path):
     program = (
-        "import time; from ds_deberta import stop; stop._ONE_REQUEST_SECONDS = 0.3\n"
+        "import time; from ds_deberta import stop; stop.ONE_REQUEST_SECONDS = 0.3\n"
         "with stop.StopRequest() as request:\n"
         "    print('ready', flush=True)\n"
         "    while not request._asked: time.sleep(0.01)\n"
