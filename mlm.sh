@@ -4,6 +4,8 @@
 #   ./mlm.sh PRESET [flags of run_pretrain.py; they win over the preset's recipe]
 #
 # DEEPSPEED_ARGS holds options of the launcher, "--hostfile hostfiles/two_nodes" for instance.
+# WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT, if set, count nodes: start it on each of them.
+# --procs_per_node N: processes of a node; default: one for each device, one on a CPU.
 # Without --data_dir: WikiText-103.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -17,5 +19,5 @@ data=data/wikitext-103
 [[ " $* " == *" --data_dir"* ]] || make --silent "$data/manifest.json"
 
 # shellcheck disable=SC2086 # the launcher's options are words
-exec deepspeed --log_level warning ${DEEPSPEED_ARGS:-} run_pretrain.py --objective mlm --model "$preset" \
+exec python -m ds_deberta.launch ${DEEPSPEED_ARGS:-} run_pretrain.py --objective mlm --model "$preset" \
     --data_dir "$data" --output_dir "runs/$preset" "$@"

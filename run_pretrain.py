@@ -12,22 +12,29 @@ import shutil
 import sys
 
 from ds_deberta import build
+from ds_deberta.agreement import check_agreement
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.data import load_tokenizer
 from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdown
 from ds_deberta.hf import export_checkpoint
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
 
 
-def pretrain(run: PretrainConfig) -> None:
+def pretrain(run: PretrainConfig) -> int:
     """Train, evaluate and export what the configuration says, or go on where it stopped.
+
+    Returns:
+        The status to end with: 0, or after a stop on request 128 and the signal's number
+        (SIGTERM: 143, Ctrl-C: 130); all is saved then.
 
     Raises:
         SystemExit: status 2, with a message, for what the user can mend.
     """
     try:
-        device = initialize(run.seed)
+        device = initialize(run.seed, expect_world_size=run.expect_world_size)
+        check_agreement(run, device)
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(
             tokenizer.vocab_file
@@ -44,36 +51,46 @@ def pretrain(run: PretrainConfig) -> None:
         raise SystemExit(2) from None
 
     was_complete = state.step >= run.train.num_training_steps
-    train(
-        objective,
-        train_batches,
-        valid_batches,
-        state,
-        checkpointer,
-        metrics,
-        run.train,
-        tokenizer=tokenizer,
-        device=device,
-    )
+    with StopRequest() as stop:
+        train(
+            objective,
+            train_batches,
+            valid_batches,
+            state,
+            checkpointer,
+            metrics,
+            run.train,
+            stop,
+            tokenizer=tokenizer,
+            device=device,
+        )
     metrics.close()
+    if stop.signal:
+        logger.info("stopped after step %d; the same command goes on from there", state.step)
+        barrier()
+        return stop.status
     if is_main():
         export = run.output_dir / "export"
         if was_complete and export.is_dir():
             logger.info("the training was complete already")
         else:
-            shutil.rmtree(export, ignore_errors=True)
+            aside = export.with_suffix(".tmp")
+            for old in (aside, export):
+                shutil.rmtree(old, ignore_errors=True)
             last = checkpointer.latest()
             assert last is not None  # the last step was saved
-            export_checkpoint(last, export)
+            export_checkpoint(last, aside)
+            aside.rename(export)
         logger.info("the models, for transformers' AutoModel: %s", export)
         logger.info("the curves: tensorboard --logdir %s", run.output_dir / "tensorboard")
     barrier()
+    return 0
 
 
 if __name__ == "__main__":
-    pretrain(parse())
+    status = pretrain(parse())
     shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     # Past this point only libraries' threads are left, and gloo's sometimes abort the exit.
-    os._exit(0)
+    os._exit(status)

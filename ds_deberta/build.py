@@ -1,12 +1,12 @@
 """Puts a run together: knows every part, does nothing per step."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from ds_deberta.agreement import data_fingerprint
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.config import PretrainConfig
 from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, loader
@@ -253,7 +253,7 @@ def build_checkpointer(
         "max_seq_length": run.data.max_seq_length,
         "max_ngram": run.data.max_ngram,
         "mask_prob": run.data.mask_prob,
-        "data": _fingerprint(Manifest.load(run.data.data_dir)),
+        "data": data_fingerprint(Manifest.load(run.data.data_dir)),
         "world_size": world_size(),
         "zero_stage": zero_stage(ds_config),
         "precision": str(precision(ds_config)),
@@ -303,11 +303,3 @@ def build_metrics(
     )
     metrics.log_text("config", run.to_json())
     return metrics
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    """One hash for the vocabulary and every row."""
-    digest = hashlib.sha256(manifest.tokenizer.sha256.encode())
-    for shard in manifest.splits["train"].shards:
-        digest.update(shard.sha256.encode())
-    return digest.hexdigest()

@@ -33,6 +33,8 @@ class TrainState:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Rows read, over all ranks: the data's position."""
+    evaluation_pending: bool = False
+    """This step's evaluation was skipped, to stop in time."""
 
 
 class Saveable(Protocol):
@@ -117,7 +119,11 @@ class Checkpointer:
         for name, engine in engines.items():
             engine.load(latest / name)
         _restore_random_states(torch.load(latest / "random" / f"rank_{rank():05d}.pt"))
-        state = TrainState(description["step"], description["consumed_samples"])
+        state = TrainState(
+            description["step"],
+            description["consumed_samples"],
+            description.get("evaluation_pending", False),
+        )
         logger.info("resumed from %s", latest)
         return state
 

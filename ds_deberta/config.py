@@ -89,6 +89,8 @@ class PretrainConfig:
     """Of weights, order, masks, samples and dropout."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in --output_dir, if any; never: refuse if any."""
+    expect_world_size: int | None = None
+    """Refuse to start with another number of processes."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig
     rtd: RTDConfig = field(default_factory=RTDConfig)

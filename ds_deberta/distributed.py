@@ -1,13 +1,17 @@
 """Ranks, devices and the process group: the only file that reads the launcher's environment.
 
-Works the same under `deepspeed`, `torchrun` and plain `python` (one process).
+Works the same under `deepspeed`, `torchrun`, `srun` and plain `python` (one process).
 """
 
 import ctypes
 import logging
 import os
 import random
+import re
+import signal
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -18,37 +22,146 @@ from torch import Tensor
 logger = logging.getLogger("ds_deberta")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+_DEFAULT_PORT = 17006  # the original's
 
 
-def initialize(seed: int) -> torch.device:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one starts: a process among all processes, or a node among all nodes."""
+
+    unit: str
+    """process: one of those a launcher started; node: one that is to start its own."""
+    source: str
+    """Whose variables say so."""
+    rank: int = 0
+    """This one's number."""
+    world_size: int = 1
+    """How many there are."""
+    local_rank: int = 0
+    """A process's number on its node, and so its device."""
+    local_world_size: int = 1
+    """The processes of its node."""
+    master_addr: str = "127.0.0.1"
+    """The host of the first one."""
+    master_port: int = _DEFAULT_PORT
+    """A free port there."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.unit} {self.rank} of {self.world_size}, by {self.source}; "
+            f"first one at {self.master_addr}:{self.master_port}"
+        )
+
+
+def find_place(variables: Mapping[str, str]) -> Place:
+    """Tell process variables from node variables, which go by the same names.
+
+    LOCAL_RANK is there: `deepspeed` or `torchrun` started this process; RANK and WORLD_SIZE count
+    processes. In a step of `srun`: Slurm's variables count them. Else, as in the original, RANK
+    and WORLD_SIZE, if there, count nodes, and each node is to start its own processes.
+
+    Raises:
+        ValueError: variables are missing, or contradict each other.
+    """
+    variables = {name: value for name, value in variables.items() if value}
+    if "LOCAL_RANK" in variables:
+        wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in wanted if name not in variables]
+        if missing and variables.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(
+                f"LOCAL_RANK is set, so this process belongs to a launcher, but "
+                f"{', '.join(missing)} is not. Start with `deepspeed` or `torchrun`."
+            )
+        local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in variables else "LOCAL_SIZE"
+        place = Place(
+            unit="process",
+            source="the launcher's LOCAL_RANK, RANK and WORLD_SIZE",
+            rank=_whole_number(variables, "RANK", 0),
+            world_size=_whole_number(variables, "WORLD_SIZE", 1),
+            local_rank=_whole_number(variables, "LOCAL_RANK", 0),
+            local_world_size=_whole_number(variables, local_size, 1),
+            master_addr=variables.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=_whole_number(variables, "MASTER_PORT", _DEFAULT_PORT),
+        )
+        if local_size in variables and place.local_rank >= place.local_world_size:
+            raise ValueError(
+                f"LOCAL_RANK must be less than {local_size}, got {place.local_rank} and "
+                f"{place.local_world_size}. Start with `deepspeed` or `torchrun`."
+            )
+    elif _whole_number(variables, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in variables:
+        place = _slurm_place(variables)
+    else:
+        place = Place(
+            unit="node",
+            source="RANK and WORLD_SIZE" if "WORLD_SIZE" in variables else "no variables",
+            rank=_whole_number(variables, "RANK", 0),
+            world_size=_whole_number(variables, "WORLD_SIZE", 1),
+            master_addr=variables.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=_whole_number(variables, "MASTER_PORT", _DEFAULT_PORT),
+        )
+        if place.world_size > 1 and (
+            missing := [name for name in ("RANK", "MASTER_ADDR") if name not in variables]
+        ):
+            raise ValueError(
+                f"WORLD_SIZE={place.world_size} is set without LOCAL_RANK, so it counts nodes, but "
+                f"{' and '.join(missing)} is not set. Set RANK to this node's number and "
+                "MASTER_ADDR to node 0's address, or unset WORLD_SIZE."
+            )
+    if place.rank >= place.world_size:
+        raise ValueError(
+            f"RANK must be less than WORLD_SIZE, got {place.rank} and {place.world_size} "
+            f"({place.unit} variables)"
+        )
+    return place
+
+
+def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.device:
     """Join the process group, pick this process's device and seed every random generator.
 
     Parameters are initialised from `seed` alone, so all ranks build the same weights;
     call `seed_rank` once the models exist to give every rank its own dropout masks.
 
     Raises:
-        ValueError: the launcher's variables are there only in part.
+        ValueError: variables that make no sense, or another number of processes than expected.
     """
-    _check_environment()
-    _set_up_logging()
+    place = find_place(os.environ)
+    _set_up_logging(main=place.rank == 0)
+    if place.unit == "node" and place.world_size > 1:
+        raise ValueError(
+            f"WORLD_SIZE={place.world_size} is set without LOCAL_RANK, so it counts nodes. Start "
+            "each node with ./rtd.sh, ./mlm.sh or `python -m ds_deberta.launch`, which starts a "
+            "process for each device, or unset WORLD_SIZE."
+        )
+    if expect_world_size not in (None, place.world_size):
+        raise ValueError(
+            f"expect_world_size is {expect_world_size}, but there are {place.world_size} "
+            f"processes ({place}). Look at the launcher's options and its hostfile."
+        )
+    logger.info("%s", place)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         timeout = timedelta(minutes=30)
-        if "LOCAL_RANK" in os.environ:
+        if place.unit == "process":
+            os.environ.update(  # what Slurm calls otherwise
+                RANK=str(place.rank),
+                LOCAL_RANK=str(place.local_rank),
+                WORLD_SIZE=str(place.world_size),
+                MASTER_ADDR=place.master_addr,
+                MASTER_PORT=str(place.master_port),
+            )
             dist.init_process_group(backend, timeout=timeout)
         else:  # plain `python`: a group of one, without a port
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
             # DeepSpeed looks for these even where the group exists already.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     seed_everything(seed)
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        torch.cuda.set_device(place.local_rank)
+        return torch.device("cuda", place.local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_world_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     _keep_freed_memory()
     return torch.device("cpu")
 
@@ -77,7 +190,7 @@ def world_size() -> int:
 
 def is_main() -> bool:
     """True on the one process that prints and writes."""
-    return rank() == 0
+    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
 def barrier() -> None:
@@ -115,6 +228,13 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, number)
+
+
 def _keep_freed_memory() -> None:
     """Keep what a step frees for the next one, as torch does on a GPU.
 
@@ -127,31 +247,40 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _local_world_size() -> int:
-    # LOCAL_WORLD_SIZE is torchrun's word, LOCAL_SIZE is DeepSpeed's; an empty one counts as none.
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        if os.environ.get(name):
-            return int(os.environ[name])
-    return 1
-
-
-def _check_environment() -> None:
-    if "LOCAL_RANK" in os.environ:
-        missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
-        if missing and os.environ.get("WORLD_SIZE", "1") != "1":
+def _slurm_place(variables: Mapping[str, str]) -> Place:
+    """The place of a process that `srun` started."""
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", variables.get("SLURM_STEP_NODELIST", ""))
+    tasks = re.match(r"\d+", variables.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    for name, other in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
+        if name in variables and variables[name] != variables[other]:
             raise ValueError(
-                f"LOCAL_RANK is set, so this process belongs to a launcher, but "
-                f"{', '.join(missing)} is not. Start with `deepspeed` or `torchrun`."
+                f"{name}={variables[name]} contradicts {other}={variables[other]}; unset {name}"
             )
-    elif os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without LOCAL_RANK: "
-            "start with `deepspeed` or `torchrun`, which set both, or unset WORLD_SIZE."
-        )
+    if "MASTER_ADDR" not in variables and not first:
+        raise ValueError("Slurm names no hosts (SLURM_STEP_NODELIST); set MASTER_ADDR to node 0's")
+    return Place(
+        unit="process",
+        source="Slurm's SLURM_PROCID and SLURM_STEP_NUM_TASKS",
+        rank=_whole_number(variables, "SLURM_PROCID", 0),
+        world_size=_whole_number(variables, "SLURM_STEP_NUM_TASKS", 1),
+        local_rank=_whole_number(variables, "SLURM_LOCALID", 0),
+        local_world_size=int(tasks[0]) if tasks else 1,
+        master_addr=variables.get("MASTER_ADDR") or "".join(x or "" for x in first.groups()),  # type: ignore[union-attr]
+        # Another for each job, the same in all of its processes.
+        master_port=_whole_number(
+            variables, "MASTER_PORT", 20000 + _whole_number(variables, "SLURM_JOB_ID", 0) % 10000
+        ),
+    )
 
 
-def _set_up_logging() -> None:
-    main = os.environ.get("RANK", "0") == "0"
+def _whole_number(variables: Mapping[str, str], name: str, default: int) -> int:
+    value = variables.get(name, str(default))
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _set_up_logging(*, main: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger.handlers[:] = [handler]

@@ -10,6 +10,7 @@ from ds_deberta.data import DebertaTokenizer
 from ds_deberta.data.loader import Batch
 from ds_deberta.metrics import MetricTracker, reduce_metrics
 from ds_deberta.objectives import Metrics, Objective
+from ds_deberta.stop import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +72,27 @@ def train(
     checkpointer: Checkpointer,
     metrics: MetricTracker,
     config: TrainConfig,
+    stop: StopRequest,
     *,
     tokenizer: DebertaTokenizer,
     device: torch.device,
 ) -> None:
-    """Train until `num_training_steps`, logging, evaluating and saving on the way."""
+    """Train until `num_training_steps`, logging, evaluating and saving on the way.
+
+    Ends earlier, with a checkpoint, if `stop` is agreed on.
+    """
     total_steps = config.num_training_steps
     eval_interval = config.eval_interval or config.dump_interval
-    while state.step < total_steps:
+
+    def evaluate_now() -> None:
+        values, examples = evaluate(objective, valid_batches, device)
+        metrics.log_eval(state.step, values, as_text(examples, tokenizer))
+        state.evaluation_pending = False
+
+    if state.evaluation_pending:
+        with metrics.paused():
+            evaluate_now()
+    while state.step < total_steps and not stop.signal:
         with metrics.waiting_for_data():
             micro_batches = [batch.to(device) for batch in next(train_batches)]
         metrics.update(objective.train_step(micro_batches))
@@ -86,14 +100,19 @@ def train(
         state.consumed_samples += config.train_batch_size
 
         last = state.step == total_steps
-        if state.step % config.log_interval == 0 or last:
+        saving = state.step % config.dump_interval == 0 or last
+        state.evaluation_pending = state.step % eval_interval == 0 or last
+        stopping = stop.agreed(now=saving or state.evaluation_pending)
+        if state.step % config.log_interval == 0 or last or stopping:
             metrics.log(state.step, engine_stats(objective))  # the loop's only sync
         with metrics.paused():
-            if state.step % eval_interval == 0 or last:
-                values, examples = evaluate(objective, valid_batches, device)
-                metrics.log_eval(state.step, values, as_text(examples, tokenizer))
-            if state.step % config.dump_interval == 0 or last:
+            if state.evaluation_pending and not stopping:
+                evaluate_now()
+                stopping = stop.agreed(now=True)
+            if saving or stopping:
                 checkpointer.save(state, objective.engines)
+            if saving and not stopping:
+                stop.agreed(now=True)
 
 
 @torch.no_grad()

@@ -17,9 +17,7 @@ def run_ranks(script: Path, *args: str, world_size: int = 1, timeout: float = 30
     Raises:
         AssertionError: a rank failed, or they took longer than `timeout` seconds; with the output.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryFile("w+") as output:  # a pipe would fill up and stop its rank
         processes = [
             subprocess.Popen(
@@ -47,6 +45,28 @@ def run_ranks(script: Path, *args: str, world_size: int = 1, timeout: float = 30
                 process.wait()
         output.seek(0)
         assert statuses == [0] * world_size, f"{statuses}: {output.read()[-4000:]}"
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def processes_with(word: str, **environment: str) -> list[int]:
+    """Numbers of the live processes with `word` in their command line, and these variables."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if word.encode() not in (folder / "cmdline").read_bytes():
+                continue  # that of a zombie is empty
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has just ended
+        if all(f"{name}={value}".encode() in variables for name, value in environment.items()):
+            found.append(int(folder.name))
+    return found
 
 
 def clean_environment() -> dict[str, str]:

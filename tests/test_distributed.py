@@ -1,6 +1,69 @@
 import pytest
 
-from ds_deberta.distributed import initialize
+from ds_deberta.distributed import find_place, initialize
+
+MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "123"}
+SLURM = {
+    **{"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"},
+    **{"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "gpu[07-08],x1"},
+    "SLURM_JOB_ID": "40012",
+}
+
+
+def summary(**variables: str) -> tuple:
+    place = find_place(variables)
+    return place.unit, place.rank, place.world_size, place.local_rank, place.local_world_size
+
+
+def test_local_rank_makes_them_process_variables():
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **MASTER}
+    assert summary(**variables) == ("process", 5, 8, 1, 1)
+    assert summary(**variables, LOCAL_SIZE="4") == ("process", 5, 8, 1, 4)
+    assert summary(**variables, LOCAL_WORLD_SIZE="4", LOCAL_SIZE="") == ("process", 5, 8, 1, 4)
+    assert str(find_place(variables)) == (
+        "process 5 of 8, by the launcher's LOCAL_RANK, RANK and WORLD_SIZE; first one at node0:123"
+    )
+
+
+def test_without_local_rank_they_count_nodes_as_in_the_original():
+    assert summary() == ("node", 0, 1, 0, 1)
+    assert summary(WORLD_SIZE="1", RANK="0") == ("node", 0, 1, 0, 1)
+    assert summary(WORLD_SIZE="2", RANK="1", MASTER_ADDR="node0") == ("node", 1, 2, 0, 1)
+    place = find_place({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node0"})
+    assert (place.master_addr, place.master_port) == ("node0", 17006)
+
+
+def test_a_step_of_srun_places_its_processes():
+    assert summary(**SLURM) == ("process", 5, 8, 1, 4)
+    place = find_place(SLURM)
+    assert (place.master_addr, place.master_port) == ("gpu07", 20012)
+    assert find_place(SLURM | MASTER).master_addr == "node0"
+    # A batch script, or an interactive shell, is no step of many.
+    assert summary(SLURM_PROCID="0", SLURM_NTASKS="8") == ("node", 0, 1, 0, 1)
+    # Whatever Slurm says, a launcher under it knows better.
+    launched = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", **MASTER}
+    assert summary(**SLURM, **launched) == ("process", 3, 4, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "counts nodes, but MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **MASTER}, "RANK must be less than WORLD_SIZE"),
+        ({"RANK": "1"}, "RANK must be less than WORLD_SIZE, got 1 and 1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'"),
+        (
+            {"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "4", "LOCAL_SIZE": "4", **MASTER},
+            "LOCAL_RANK must be less than LOCAL_SIZE",
+        ),
+        ({**SLURM, "WORLD_SIZE": "2"}, "WORLD_SIZE=2 contradicts SLURM_STEP_NUM_TASKS=8"),
+        ({**SLURM, "SLURM_STEP_NODELIST": ""}, "Slurm names no hosts"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(variables, message):
+    with pytest.raises(ValueError, match=message):
+        find_place(variables)
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
@@ -10,13 +73,13 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_a_world_size_without_a_launcher_is_refused(monkeypatch):
-    set_environment(monkeypatch, WORLD_SIZE="2", RANK="0")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2 is set without LOCAL_RANK"):
+def test_a_process_alone_does_not_take_node_variables(monkeypatch):
+    set_environment(monkeypatch, WORLD_SIZE="2", RANK="0", MASTER_ADDR="node0")
+    with pytest.raises(ValueError, match=r"counts nodes. Start each node with \./rtd\.sh"):
         initialize(0)
 
 
-def test_a_launcher_that_sets_half_is_refused(monkeypatch):
-    set_environment(monkeypatch, WORLD_SIZE="2", LOCAL_RANK="0")
-    with pytest.raises(ValueError, match="RANK, MASTER_ADDR, MASTER_PORT is not"):
-        initialize(0)
+def test_another_number_of_processes_than_expected_is_refused(monkeypatch):
+    set_environment(monkeypatch)
+    with pytest.raises(ValueError, match="expect_world_size is 2, but there are 1 processes"):
+        initialize(0, expect_world_size=2)

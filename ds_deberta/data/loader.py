@@ -1,5 +1,6 @@
 """Batches of masked rows, the same for any number of ranks and worker processes."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -15,6 +16,7 @@ from ds_deberta.data.masking import NGramMasker
 from ds_deberta.data.sampler import EMPTY, PaddedSequentialSampler, ResumableSampler
 from ds_deberta.data.shards import Manifest, ShardDataset
 from ds_deberta.data.tokenizer import DebertaTokenizer
+from ds_deberta.distributed import end_with_parent
 
 IGNORE_INDEX = -100
 VALIDATION_STREAM = 0x76616C6964  # keeps validation masks apart from the training masks of a seed
@@ -225,10 +227,18 @@ def _build_loader(
         batch_size=batch_size,
         collate_fn=collator,
         num_workers=num_workers,
+        worker_init_fn=_start_worker,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else every pass would draw from the generator of dropout
     )
+
+
+def _start_worker(_: int) -> None:
+    # A terminal and launchers send them to every process, and a worker that is gone is an error.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _group(batches: Iterator[Batch], accumulation_steps: int) -> Iterator[list[Batch]]:

@@ -1,0 +1,51 @@
+"""Runs on every rank: the last one differs from the others in one thing after the other.
+
+agreement.py FLAGS_JSON OTHER_DATA_DIR       flags of run_pretrain.py
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ds_deberta import agreement
+from ds_deberta.config import parse
+from ds_deberta.distributed import initialize, rank, shutdown, world_size
+
+
+def check(run, kind: str, names: str) -> None:
+    message = f"{kind} must be the same on all ranks; other than on rank 0 on rank 1: {names}"
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        agreement.check_agreement(run, device)
+    assert str(error.value) == message
+
+
+if __name__ == "__main__":
+    flags, other = json.loads(sys.argv[1]), Path(sys.argv[2])
+    device = initialize(0)
+    run = parse(flags)
+    is_last = rank() == world_size() - 1
+    agreement.check_agreement(run, device)
+
+    named = str(run.data.data_dir)
+    for folder in (other, other / "not-there"):
+        data = replace(run.data, data_dir=folder)
+        name = str(folder) if is_last else named
+        check(replace(run, data=data) if is_last else run, "data", name)
+
+    optim = replace(run.optim, learning_rate=0.125)
+    changed = replace(run, seed=99, optim=optim)
+    check(changed if is_last else run, "configuration", "seed, learning_rate")
+
+    file = other / f"ds_config_{rank()}.json"
+    file.write_text(run.deepspeed_config.read_text() + " " * rank())
+    check(replace(run, deepspeed_config=file), "configuration", "deepspeed_config")
+
+    if is_last:
+        agreement.__file__ = str(other / "agreement.py")
+    check(run, "code", "the files of ds_deberta")
+    shutdown()
+    os._exit(0)
