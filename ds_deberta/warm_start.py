@@ -143,6 +143,11 @@ def source_config(source: Source, role: Role, like: DebertaConfig) -> DebertaCon
             "out where there is none: then the generator starts from the discriminator"
         )
     found = sizes(shapes)
+    if "hidden_size" not in found:
+        raise ValueError(
+            f"{source.name} must hold the weights of a DeBERTa encoder; its tensors are "
+            f"{', '.join(sorted(shapes)[:4])} ..."
+        )
     if source.config is None:
         heads = {"num_attention_heads": max(1, found["hidden_size"] // like.head_size)}
         return DebertaConfig.from_dict(like.to_dict() | found | heads)

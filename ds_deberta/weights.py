@@ -103,7 +103,7 @@ def find_source(place: Path, role: Role) -> Source:
     if files[0].name == "model.safetensors" and (folder / HEADS_FILE).is_file():
         files += (folder / HEADS_FILE,)
     # The public generators have their own; config.json beside them is the discriminator's.
-    is_beside = files[0].name == GENERATOR_FILE
+    is_beside = ".generator." in files[0].name
     config_file = _first(folder, ("generator_config.json",) if is_beside else CONFIG_FILES)
     config = json.loads(config_file.read_text()) if config_file else None
     if config is not None and "discriminator" in config:  # the original's, of both models

@@ -319,6 +319,27 @@ def test_a_name_that_is_nowhere_says_what_to_place_where(monkeypatch, tmp_path: 
         find_source(Path("owner/no-such-model"), "generator")
 
 
+def test_a_hub_name_fetches_what_the_role_needs(monkeypatch, tmp_path: Path):
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        assert name == "owner/model"
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    save_file({WORDS: torch.ones(3, 2)}, tmp_path / "model.safetensors")
+    source = find_source(Path("owner/model"), "discriminator")
+    assert (source.name, source.files) == ("owner/model", (tmp_path / "model.safetensors",))
+    with pytest.raises(FileNotFoundError, match=r"generator was not published. Leave out"):
+        find_source(Path("owner/model"), "generator")
+    torch.save({WORDS: torch.zeros(3, 2)}, tmp_path / "pytorch_model.generator.bin")
+    source = find_source(Path("owner/model"), "generator")
+    assert not read_weights(source)[WORDS].any()
+    is_generator = ["pytorch_model.generator.bin" in patterns for patterns in asked]
+    assert is_generator == [False, True, True]
+
+
 def write_public(
     folder: Path, config: DebertaConfig, vocab_file: Path | None, *, has_config: bool = True
 ) -> dict[str, Weights]:
@@ -399,6 +420,8 @@ def test_contradictions_are_errors_before_any_weight_is_read(
     (tmp_path / "spm.model").write_text("nothing")
     refused("is not a sentencepiece model")
 
+    save_file({"other": torch.ones(2)}, tmp_path / "other.safetensors")
+    refused("must hold the weights of a DeBERTa encoder; .* other", tmp_path / "other.safetensors")
     few, many = tmp_path / "few", tmp_path / "many"
     write_public(few, replace(tiny_config, vocab_size=280), None)
     refused("a row for each id .* 280 rows, .* 301 ids", few)
