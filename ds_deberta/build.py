@@ -1,7 +1,7 @@
 """Puts a run together: knows every part, does nothing per step."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_deberta import data
+from ds_deberta.agreement import fit_configs
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.config import ModelConfig, PretrainConfig
 from ds_deberta.data import Batch, DebertaTokenizer, Manifest, NGramMasker
@@ -35,7 +36,7 @@ from ds_deberta.objectives import Objective
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import warmup_steps
-from ds_deberta.warm_start import fit_configs, load_pretrained, start_generator
+from ds_deberta.warm_start import load_initial
 from ds_deberta.weights import Role, Source, find_source
 
 # What may change when a run goes on; all else about its optimizer must stay.
@@ -175,30 +176,11 @@ def build_models(
         models["discriminator"] = DebertaForRTD(
             configs["discriminator"], attend, embedding_sharing=sharing
         )
-    _load_initial(models, init_sources(run))
+    load_initial(models, init_sources(run))
     for name, model in models.items():
         count = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", name, count / 1e6)
     return models
-
-
-def _load_initial(
-    models: dict[str, DebertaForMaskedLM | DebertaForRTD], sources: Mapping[Role, Source]
-) -> None:
-    """Fill the models from their sources, the generator first: the discriminator builds on it."""
-    for role in ("model", "generator", "discriminator"):
-        if role in sources:
-            generator = models["generator"].state_dict() if role == "discriminator" else None
-            report = load_pretrained(models[role], sources[role], role=role, generator=generator)
-        elif role == "generator" and "discriminator" in sources:
-            module = models[role]
-            assert isinstance(module, DebertaForMaskedLM)
-            report = start_generator(module, sources["discriminator"])
-        else:
-            if sources and role in models:
-                logger.info("%s: fresh, for there is no --init_%s", role, role)
-            continue
-        logger.info(report.text(role))
 
 
 def build_masker(run: PretrainConfig, tokenizer: DebertaTokenizer) -> NGramMasker:

@@ -36,6 +36,7 @@ WEIGHT_FILES = (  # the first that a folder has
 )
 CONFIG_FILES = ("config.json", "model_config.json")
 VOCABULARY_FILES = ("spm.model", "tokenizer.json")
+ADVICE = "Choose the model and the vocabulary that the file was made with (--model, --data_dir)."
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 RENAMES = (
