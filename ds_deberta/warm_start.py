@@ -211,10 +211,11 @@ def split_sum(total: Tensor, part: Tensor) -> tuple[Tensor, float]:
     neighbours then hits, wherever `total` is the rounded sum of `part` and anything.
     """
     other = total - part
+    misses = (part + other != total).nonzero(as_tuple=True)
     for direction in (torch.inf, -torch.inf):
-        neighbour = torch.nextafter(other, torch.full_like(other, direction))
-        is_better = (part + other != total) & (part + neighbour == total)
-        other = torch.where(is_better, neighbour, other)
+        neighbour = torch.nextafter(other[misses], torch.tensor(direction))
+        is_hit = part[misses] + neighbour == total[misses]
+        other[misses] = torch.where(is_hit, neighbour, other[misses])
     return other, float((part + other - total).abs().max())
 
 

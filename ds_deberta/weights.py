@@ -106,7 +106,7 @@ def find_source(place: Path, role: Role) -> Source:
     # The public generators have their own; config.json beside them is the discriminator's.
     is_beside = ".generator." in files[0].name
     config_file = _first(folder, ("generator_config.json",) if is_beside else CONFIG_FILES)
-    config = json.loads(config_file.read_text()) if config_file else None
+    config = _read_config(config_file) if config_file else None
     if config is not None and "discriminator" in config:  # the original's, of both models
         config = config["generator" if role == "generator" else "discriminator"]
     return Source(name, files, config, config_file, _first(folder, VOCABULARY_FILES))
@@ -171,6 +171,13 @@ def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     if feed_forward is not None:
         found["intermediate_size"], found["hidden_size"] = feed_forward.shape
     return found
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}; get it again") from None
 
 
 def _first(folder: Path, names: Iterable[str]) -> Path | None:

@@ -85,6 +85,8 @@ def test_contradictions_are_errors_before_any_weight_is_read(
     refused("does not fit the model: it has num_attention_heads 4, not 2")
     config(position_buckets=4, pad_token_id=3)
     refused("pad_token_id must be 0")
+    (tmp_path / "config.json").write_text("{")
+    refused(r"config\.json is not JSON")
     config()
     (tmp_path / "pytorch_model.generator.bin").unlink()
     refused("must be a generator; .* holds a discriminator", role="generator")
