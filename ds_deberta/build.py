@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ds_deberta import data
-from ds_deberta.agreement import fit_configs
 from ds_deberta.checkpoint import Checkpointer, TrainState
+from ds_deberta.compatibility import fit_configs
 from ds_deberta.config import ModelConfig, PretrainConfig
 from ds_deberta.data import Batch, DebertaTokenizer, Manifest, NGramMasker
 from ds_deberta.distributed import is_main, logger, rank, seed_rank, world_size

@@ -16,7 +16,7 @@ from ds_deberta.data import DebertaTokenizer
 from ds_deberta.model import DebertaForMaskedLM, DebertaForRTD, load_model_config
 from ds_deberta.warm_start import load_pretrained
 from tests.launch import ROOT, clean_environment
-from tests.test_agreement import write_public
+from tests.test_compatibility import write_public
 
 BIN = Path(sys.executable).parent
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ds_deberta.agreement import fit_configs
+from ds_deberta.compatibility import fit_configs
 from ds_deberta.hf import export_parts
 from ds_deberta.model import DebertaConfig, generator_config
 from ds_deberta.weights import find_source

@@ -1,4 +1,4 @@
-"""Agreement between a run and the weights it starts from: architecture and vocabulary.
+"""Compatibility of a run with the weights it starts from: architecture and vocabulary.
 
 All of it is settled by configs, shapes and vocabularies, before any weight is read.
 """
