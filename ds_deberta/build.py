@@ -1,14 +1,16 @@
 """Puts a run together: knows every part, does nothing per step."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_deberta.agreement import data_fingerprint
 from ds_deberta.checkpoint import Checkpointer, TrainState
-from ds_deberta.config import PretrainConfig
+from ds_deberta.compatibility import fit_configs
+from ds_deberta.config import ModelConfig, PretrainConfig
 from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, loader
 from ds_deberta.data.loader import Batch
 from ds_deberta.distributed import is_main, logger, rank, seed_rank, world_size
@@ -19,10 +21,10 @@ from ds_deberta.engine import (
     precision,
     zero_stage,
 )
-from ds_deberta.hf import load_pretrained
 from ds_deberta.kernels import AttentionFn, select_attention
 from ds_deberta.metrics import MetricTracker, measure_peak_flops
 from ds_deberta.model import (
+    CONTINUED,
     DebertaConfig,
     DebertaForMaskedLM,
     DebertaForRTD,
@@ -34,6 +36,8 @@ from ds_deberta.objectives import Objective
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import warmup_steps
+from ds_deberta.warm_start import load_initial
+from ds_deberta.weights import Role, Source, find_source
 
 # What may change when a run goes on; all else about its optimizer must stay.
 _MAY_CHANGE = ("warmup", "lr_schedule", "decay_fraction", "lr_end")
@@ -88,12 +92,46 @@ def build_objective(
 
 def model_configs(run: PretrainConfig, tokenizer: DebertaTokenizer) -> dict[str, DebertaConfig]:
     """The architectures of a run by engine name, with the command line's changes in them."""
-    options = run.model
-    config = load_model_config(options.model)
-    changes: dict[str, Any] = {
-        "vocab_size": tokenizer.vocab_size,
-        "max_position_embeddings": max(config.max_position_embeddings, run.data.max_seq_length),
+    discriminator = replace(load_model_config(run.model.model), vocab_size=tokenizer.vocab_size)
+    positions = max(discriminator.max_position_embeddings, run.data.max_seq_length)
+    discriminator = replace(discriminator, max_position_embeddings=positions)
+    configs = {"generator": generator_config(discriminator), "discriminator": discriminator}
+    if run.objective == "mlm":
+        configs = {"model": discriminator}
+    configs = {name: _changed(config, run.model) for name, config in configs.items()}
+    is_continued = run.model.model in CONTINUED
+    sources = init_sources(run)
+    needed = "model" if run.objective == "mlm" else "discriminator"
+    if is_continued and needed not in sources:
+        more = "" if needed == "model" else ", and --init_generator where there is one"
+        raise ValueError(
+            f"{run.model.model} goes on from a checkpoint; give --init_{needed}{more} (see README)"
+        )
+    if not sources:
+        return configs
+    configs = fit_configs(configs, sources, tokenizer, takes_sizes=is_continued)
+    positions = min(config.max_position_embeddings for config in configs.values())
+    if run.data.max_seq_length > positions:
+        raise ValueError(
+            f"max_seq_length must be at most {positions}, the positions that these weights know; "
+            f"got {run.data.max_seq_length}"
+        )
+    return {name: _changed(config, run.model) for name, config in configs.items()}
+
+
+def init_sources(run: PretrainConfig) -> dict[Role, Source]:
+    """Find what --init_* names, by engine name."""
+    places: dict[Role, Path | None] = {
+        "model": run.model.init_model,
+        "generator": run.model.init_generator,
+        "discriminator": run.model.init_discriminator,
     }
+    return {role: find_source(place, role) for role, place in places.items() if place is not None}
+
+
+def _changed(config: DebertaConfig, options: ModelConfig) -> DebertaConfig:
+    """Apply the command line's changes to an architecture."""
+    changes: dict[str, Any] = {}
     if options.relative_attention is not None:
         changes["relative_attention"] = options.relative_attention
         if not options.relative_attention:
@@ -103,10 +141,7 @@ def model_configs(run: PretrainConfig, tokenizer: DebertaTokenizer) -> dict[str,
     if options.dropout is not None:
         changes["hidden_dropout_prob"] = options.dropout
         changes["attention_probs_dropout_prob"] = options.dropout
-    config = DebertaConfig.from_dict(config.to_dict() | changes)
-    if run.objective == "mlm":
-        return {"model": config}
-    return {"generator": generator_config(config), "discriminator": config}
+    return DebertaConfig.from_dict(config.to_dict() | changes)
 
 
 def refuse_mixing(run: PretrainConfig, configs: dict[str, DebertaConfig]) -> None:
@@ -160,22 +195,7 @@ def build_models(
         )
     for model in models.values():
         model.deberta.encoder.checkpoint_activations = run.model.activation_checkpointing
-    for name, source in (
-        ("model", run.model.init_model),
-        ("generator", run.model.init_generator),
-        ("discriminator", run.model.init_discriminator),
-    ):
-        if source is not None:
-            generator = models["generator"].state_dict() if name == "discriminator" else None
-            report = load_pretrained(models[name], source, generator=generator)
-            logger.info(
-                "%s from %s: %d tensors loaded; fresh: %s; unused: %s",
-                name,
-                source,
-                len(report.loaded),
-                ", ".join(report.fresh) or "none",
-                ", ".join(report.unused) or "none",
-            )
+    load_initial(models, init_sources(run))
     for name, model in models.items():
         count = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", name, count / 1e6)

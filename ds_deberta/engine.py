@@ -75,6 +75,12 @@ _OWNED_KEYS = {  # what DeepSpeed knows but the command line decides
     "compile": "nothing yet: compiled engines are not supported",
     "amp": "bf16 or fp16",
 }
+_CLASSES_IN_CHECKPOINTS = {  # of DeepSpeed, which reads them by pickle
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 _MAX_SKIPPED_IN_A_ROW = 50
 # Elements sent at once. Smaller ones cost more in latency than they hide.
 _SMALLEST_BUCKET = 2**20
@@ -305,7 +311,17 @@ def consolidated_weights(folder: Path) -> dict[str, Tensor]:
 
     The fp32 masters where training ran in bf16 or fp16 under ZeRO 1-3; without ZeRO the weights
     as they were trained.
+
+    Raises:
+        ValueError: a file holds what a checkpoint of ours does not, and would run it when read.
     """
+    for file in folder.glob("*.pt"):
+        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        if strange := sorted(found - _CLASSES_IN_CHECKPOINTS):
+            raise ValueError(
+                f"{file} is refused: reading it would run {', '.join(strange)}, which no "
+                "checkpoint of this program needs"
+            )
     if any(folder.glob("*optim_states.pt")):
         with _quiet():
             weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)

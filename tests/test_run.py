@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from ds_deberta.data import DebertaTokenizer
+from ds_deberta.model import DebertaForMaskedLM, DebertaForRTD, load_model_config
+from ds_deberta.warm_start import load_pretrained
 from tests.launch import ROOT, clean_environment
+from tests.test_compatibility import write_public
 
 BIN = Path(sys.executable).parent
 
@@ -135,6 +139,52 @@ def test_a_run_starts_from_an_export(finished, data_dir, tiny_model_file, tmp_pa
     # The old run evaluated in bf16, whose rounding moves a loss of 5 by about 0.02.
     for name in ("generator_loss", "discriminator_loss"):
         assert new[name] == pytest.approx(old[name], abs=0.03)
+
+
+@pytest.mark.distributed
+def test_a_continue_preset_takes_its_sizes_from_public_files(
+    data_dir, vocab_file, tiny_config, tmp_path
+):
+    """The generator was not published, as that of the public base model."""
+    public = tmp_path / "public"
+    write_public(public, replace(tiny_config, num_hidden_layers=4), vocab_file)
+    (public / "pytorch_model.generator.bin").unlink()
+
+    def start(output_dir: Path, discriminator: Path, *more: str, status: int = 0) -> str:
+        return run(
+            *("./rtd.sh", "deberta-v3-base-continue", "--init_discriminator", str(discriminator)),
+            *flags(data_dir, Path("deberta-v3-base-continue"), output_dir, *more),
+            status=status,
+        )
+
+    printed = start(tmp_path / "one", public)
+    assert "there is no --init_generator, so the generator starts from the disc" in printed
+    assert "layers 0, 2 and a fresh head" in printed
+    models = tmp_path / "one" / "export"
+    rows = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["generator_loss"] < rows[0]["generator_loss"]
+
+    # Weights of a checkpoint are those of its export, the discriminator's up to one rounding.
+    checkpoint = tmp_path / "one" / "checkpoints" / "step_0000006"
+    for name, place in (("generator", checkpoint), ("discriminator", checkpoint / "discriminator")):
+        expected = load_file(models / name / "model.safetensors")
+        config = load_model_config(models / name)
+        generator = load_file(models / "generator" / "model.safetensors")
+        model = DebertaForMaskedLM(config) if name == "generator" else DebertaForRTD(config)
+        report = load_pretrained(model, place, role=name, generator=generator)
+        assert report.fresh == {}
+        assert all(torch.equal(model.state_dict()[key], expected[key]) for key in expected)
+
+    more = ("--init_generator", str(checkpoint), "--learning_rate", "1e-9")
+    assert "fresh: none" in start(tmp_path / "two", checkpoint, *more)
+    old = json.loads((tmp_path / "one/metrics.jsonl").read_text().splitlines()[-1])
+    new = json.loads((tmp_path / "two/metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("generator_loss", "discriminator_loss"):
+        assert new[name] == pytest.approx(old[name], abs=0.03)
+
+    printed = start(tmp_path / "three", public, "--max_seq_length", "64", status=2)
+    assert "max_seq_length must be at most 32, the positions that these weights know" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.distributed

@@ -3,9 +3,10 @@
 from ds_deberta.model.config import DebertaConfig
 from ds_deberta.model.encoder import DebertaModel, EmbeddingSharing
 from ds_deberta.model.heads import DebertaForMaskedLM, DebertaForRTD
-from ds_deberta.model.presets import MODELS, generator_config, load_model_config
+from ds_deberta.model.presets import CONTINUED, MODELS, generator_config, load_model_config
 
 __all__ = [
+    "CONTINUED",
     "MODELS",
     "DebertaConfig",
     "DebertaForMaskedLM",

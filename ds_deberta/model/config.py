@@ -53,6 +53,10 @@ NOT_ARCHITECTURE = frozenset(
         "use_cache",
     }
 )
+# Keys with one right value, which follows from the others.
+CHECKED = frozenset(
+    {"attention_head_size", "embedding_size", "model_type", "padding_idx", "tie_word_embeddings"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +204,17 @@ class DebertaConfig:
             "padding_idx": config.pad_token_id,
             "tie_word_embeddings": True,
         }
-        unknown = [n for n in values if n not in known | NOT_ARCHITECTURE | fixed.keys()]
-        if unknown:
+        if unknown := cls.unknown_keys(values):
             raise ValueError(f"unknown keys in a model config: {', '.join(unknown)}. Remove them.")
         for name, value in fixed.items():
             _require(values.get(name, value) == value, name, repr(value), repr(values.get(name)))
         return config
+
+    @classmethod
+    def unknown_keys(cls, values: Mapping[str, Any]) -> list[str]:
+        """Name what `from_dict` would refuse because nobody here understands it."""
+        known = {field.name for field in fields(cls)} | NOT_ARCHITECTURE | CHECKED
+        return [name for name in values if name not in known]
 
 
 def _require(holds: bool, name: str, rule: str, got: object) -> None:
