@@ -30,6 +30,7 @@ def run_ranks(script: Path, *args: str, world_size: int = 1, timeout: float = 30
                     "LOCAL_WORLD_SIZE": str(world_size),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": "1",  # sums of two threads differ in the last bit
                 },
                 cwd=ROOT,
                 stdout=output,
