@@ -39,6 +39,8 @@ class Run:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # as a shell does with a job of its own
+                # Tests may be in the background of a script, where Ctrl-C is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
 
     def __enter__(self) -> "Run":
