@@ -60,7 +60,7 @@ def check_same(kind: str, facts: Mapping[str, str], device: torch.device) -> Non
 
 
 def data_fingerprint(manifest: Manifest) -> str:
-    """One hash for the vocabulary and every row."""
+    """One hash for the vocabulary and every row that is trained on."""
     digest = hashlib.sha256(manifest.tokenizer.sha256.encode())
     for shard in manifest.splits["train"].shards:
         digest.update(shard.sha256.encode())
