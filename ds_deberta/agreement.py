@@ -30,7 +30,8 @@ def check_agreement(run: PretrainConfig, device: torch.device) -> None:
     code["the files of ds_deberta"] = _hash_code()
     check_same("code", code, device)
     try:
-        data = data_fingerprint(Manifest.load(run.data.data_dir))
+        manifest = Manifest.load(run.data.data_dir)
+        data = " ".join(f"{name} {data_fingerprint(manifest, name)}" for name in manifest.splits)
     except (ValueError, FileNotFoundError) as error:
         data = type(error).__name__  # if all ranks agree on that, the next to load it says more
     check_same("data", {str(run.data.data_dir): data}, device)
@@ -59,10 +60,10 @@ def check_same(kind: str, facts: Mapping[str, str], device: torch.device) -> Non
         )
 
 
-def data_fingerprint(manifest: Manifest) -> str:
-    """One hash for the vocabulary and every row that is trained on."""
+def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
+    """One hash for the vocabulary and every row of a split."""
     digest = hashlib.sha256(manifest.tokenizer.sha256.encode())
-    for shard in manifest.splits["train"].shards:
+    for shard in manifest.splits[split].shards:
         digest.update(shard.sha256.encode())
     return digest.hexdigest()
 
