@@ -1,10 +1,11 @@
 # make pretrain   everything from nothing: environment, demo corpus, vocabulary, a trained model
 # make test       the tests;  make check: style, types, layers;  make bench, make bench-gpu: speed
+# make test-faults  what breaks, for real and at length: README.md, 'Promises'; under 45 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: pretrain setup check format test bench bench-gpu
+.PHONY: pretrain setup check format test test-faults bench bench-gpu
 .DELETE_ON_ERROR:
 
 pretrain: $(SETUP)
@@ -45,6 +46,9 @@ format: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-faults: $(SETUP)
+	$(BIN)/python -m pytest -raP tests/faults
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/step.py

@@ -64,6 +64,16 @@ def test_every_config_in_the_zero_table_is_shipped():
     assert named <= {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
 
 
+def test_every_promise_names_the_test_that_shows_it():
+    rows = re.findall(r"^\| [A-Z].* \| (.*) \|$", section("Promises"), re.MULTILINE)
+    named = [file for row in rows for file in re.findall(r"`(.*?)`", row)]
+    assert all(re.fullmatch(r"(`tests/[\w/]+\.py`(, )?)+", row) for row in rows), rows
+    assert [file for file in named if not (ROOT / file).is_file()] == []
+    shown = {str(file.relative_to(ROOT)) for file in (ROOT / "tests/faults").glob("test_*.py")}
+    assert shown <= set(named)
+    assert named
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--objective" in c or ".sh " in c])
 def test_training_commands_parse(command):
     words = shlex.split(command)
