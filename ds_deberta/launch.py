@@ -238,18 +238,15 @@ def _words(process: int) -> list[str]:
 
 
 def _alive(group: int) -> bool:
-    """True if any process of a group has not ended."""
-    while True:  # as a container's first process it inherits the group's orphans
+    """True if any process of a group still runs; one that only waits to be reaped does not."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                break
-        except ChildProcessError:
-            break
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it has just ended
+        if int(its_group) == group and state not in "ZX":
+            return True
+    return False
 
 
 if __name__ == "__main__":

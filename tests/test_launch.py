@@ -1,7 +1,18 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from ds_deberta.distributed import find_place
-from ds_deberta.launch import check_options, exit_status, find_node, placing_options, split_command
+from ds_deberta.launch import (
+    _alive,
+    check_options,
+    exit_status,
+    find_node,
+    placing_options,
+    split_command,
+)
 
 ONE = find_place({})
 NODE = find_place({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "5"})
@@ -73,3 +84,12 @@ def test_a_process_is_not_launched_again():
 
 def test_a_signal_gives_the_status_that_shells_give():
     assert [exit_status(x) for x in (0, 7, 143, -15, 241, 247)] == [0, 7, 143, 143, 143, 137]
+
+
+def test_a_group_of_processes_that_only_wait_to_be_reaped_is_gone():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, start_new_session=True)
+    assert _alive(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, until the next line
+    assert not _alive(process.pid)
+    process.communicate()

@@ -90,8 +90,9 @@ def test_a_crash_on_one_node_ends_the_other(network, flags, local_losses, tmp_pa
         (crashing,) = first.processes(RANK="1", LOCAL_RANK="0")
         crashed = time.monotonic()
         os.kill(crashing, signal.SIGSEGV)
-        assert first.launcher.wait(10)
-        assert second.launcher.wait(10)
+        for run in (first, second):
+            run.wait_for(lambda run=run: run.launcher.poll() is not None, 10)
+            assert run.launcher.returncode
         first.wait_for(lambda: not first.processes(), 1)
         assert time.monotonic() - crashed < 10
         assert set(os.listdir("/dev/shm")) <= first.shared_memory
