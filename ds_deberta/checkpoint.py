@@ -32,7 +32,7 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
-    """Rows read, over all ranks: the data's position."""
+    """The data's position: the next sample's number. What is before was read, or passed over."""
     evaluation_pending: bool = False
     """This step's evaluation was skipped, to stop in time."""
 

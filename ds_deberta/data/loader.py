@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ds_deberta.data.masking import NGramMasker
-from ds_deberta.data.sampler import EMPTY, PaddedSequentialSampler, ResumableSampler
+from ds_deberta.data.sampler import (
+    EMPTY,
+    PaddedSequentialSampler,
+    ResumableSampler,
+    SkippedSamples,
+)
 from ds_deberta.data.shards import Manifest, ShardDataset
 from ds_deberta.data.tokenizer import DebertaTokenizer
 from ds_deberta.distributed import end_with_parent
@@ -125,13 +130,14 @@ def build_train_batches(
     rank: int = 0,
     world_size: int = 1,
     consumed_samples: int = 0,
+    skipped: SkippedSamples | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[list[Batch]]:
     """Yield for ever what one rank trains on: for each optimizer step its micro-batches.
 
     Over all ranks, step s gets the sample numbers s * train_batch_size up to, but not including,
-    (s + 1) * train_batch_size, whatever the world size.
+    (s + 1) * train_batch_size, whatever the world size; of those that are not `skipped`.
     """
     dataset = _open_split(data_dir, split, tokenizer, masker)
     sampler = ResumableSampler(
@@ -140,6 +146,7 @@ def build_train_batches(
         rank=rank,
         world_size=world_size,
         consumed_samples=consumed_samples,
+        skipped=skipped,
     )
     loader = _build_loader(
         MaskingCollator(dataset, masker, seed=seed),

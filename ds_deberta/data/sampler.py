@@ -4,33 +4,77 @@ The samples of a run are numbered 0, 1, 2, ...; every `num_rows` of them make an
 epoch has its own permutation of the rows. A permutation is computed, never stored, so starting
 anywhere costs nothing, and the state of a run is one integer: how many samples it has consumed.
 Ranks take turns, so that the samples of a step do not depend on how many ranks there are.
+Numbers that a run is told to pass over are left out; the others keep their numbers and order.
 """
 
+import re
 from collections.abc import Iterator
+from itertools import count
 from math import isqrt
 
 ROUNDS = 3
 EMPTY = (-1, -1)  # stands for "no row here" in the last batches of a validation pass
 
 
+class SkippedSamples:
+    """The sample numbers that are never trained on: "A-B[,C-D...]", the ends included.
+
+    Raises:
+        ValueError: anything else.
+    """
+
+    def __init__(self, text: str = ""):
+        ranges: list[tuple[int, int]] = []
+        for part in text.split(",") if text else []:
+            match = re.fullmatch(r"(\d+)-(\d+)", part)
+            if match is None or int(match[1]) > int(match[2]):
+                raise ValueError(
+                    f"skip_samples must be A-B[,C-D...], numbers of samples from A to B, "
+                    f"got {text!r}"
+                )
+            ranges.append((int(match[1]), int(match[2])))
+        self._ranges: list[tuple[int, int]] = []  # ascending, none touches the next
+        for first, last in sorted(ranges):
+            if self._ranges and first <= self._ranges[-1][1] + 1:
+                first, before = self._ranges.pop()
+                last = max(last, before)
+            self._ranges.append((first, last))
+
+    def nth(self, n: int, start: int) -> int:
+        """Return the n-th number, from 0, of those that remain from `start` on."""
+        number = start + n
+        for first, last in self._ranges:
+            if last >= start and first <= number:
+                number += last - max(first, start) + 1
+        return number
+
+
 class ResumableSampler:
-    """Yield (sample_number, row) for one rank, for ever, from `consumed_samples` on."""
+    """Yield (sample_number, row) for one rank, for ever, from the number `consumed_samples` on."""
 
     def __init__(
-        self, num_rows: int, *, seed: int, rank: int, world_size: int, consumed_samples: int = 0
+        self,
+        num_rows: int,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        consumed_samples: int = 0,
+        skipped: SkippedSamples | None = None,
     ):
         self.num_rows = num_rows
         self.seed = seed
-        self.first = consumed_samples + rank
+        self.rank = rank
         self.world_size = world_size
+        self.consumed_samples = consumed_samples
+        self.skipped = skipped or SkippedSamples()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        sample_number = self.first
-        while True:
+        for n in count(self.rank, self.world_size):
+            sample_number = self.skipped.nth(n, self.consumed_samples)
             epoch, index = divmod(sample_number, self.num_rows)
             key = splitmix64(splitmix64(self.seed, 0), epoch)
             yield sample_number, permute(index, self.num_rows, key)
-            sample_number += self.world_size
 
 
 class PaddedSequentialSampler:

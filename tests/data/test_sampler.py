@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ds_deberta.data import ResumableSampler, permute
-from ds_deberta.data.sampler import EMPTY, PaddedSequentialSampler, splitmix64
+from ds_deberta.data.sampler import EMPTY, PaddedSequentialSampler, SkippedSamples, splitmix64
 
 
 def take(count, num_rows, **settings):
@@ -106,3 +106,36 @@ def test_a_sequential_pass_reads_every_row_once_in_order(num_rows, batch_size, w
     assert turns[:num_rows] == [(row, row) for row in range(num_rows)]
     assert turns[num_rows:] == [EMPTY] * (len(turns) - num_rows)
     assert len(turns) - num_rows < batch_size * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("consumed", [0, 7, 12, 30])
+def test_skipped_samples_are_left_out_and_the_others_stay(world_size, consumed):
+    """Against all samples with those crossed out, whatever the cut and the place to go on."""
+    skipped = SkippedSamples("12-14,3-3,40-99,98-120")
+    crossed_out = {3, *range(12, 15), *range(40, 121)}
+    every = ResumableSampler(50, seed=5, rank=0, world_size=1)
+    left = ((n, row) for n, row in every if n >= consumed and n not in crossed_out)
+    expected = list(islice(left, 60))
+    ranks = [
+        islice(
+            ResumableSampler(
+                50,
+                seed=5,
+                rank=rank,
+                world_size=world_size,
+                consumed_samples=consumed,
+                skipped=skipped,
+            ),
+            60 // world_size,
+        )
+        for rank in range(world_size)
+    ]
+    assert [sample for turn in zip(*ranks, strict=True) for sample in turn] == expected
+    assert [skipped.nth(n, consumed) for n in range(60)] == [number for number, _ in expected]
+
+
+@pytest.mark.parametrize("text", ["5", "9-3", "1-2,", "-3", "1-2;4-5", "a-b", "1.5-3"])
+def test_what_is_no_range_of_samples_is_refused(text):
+    with pytest.raises(ValueError, match=r"skip_samples must be A-B\[,C-D"):
+        SkippedSamples(text)
