@@ -15,11 +15,14 @@ from ds_deberta import build
 from ds_deberta.agreement import check_agreement
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.data import load_tokenizer
+from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdown
+from ds_deberta.health import TrainingLostError
 from ds_deberta.hf import export_checkpoint
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
+from ds_deberta.watchdog import Watchdog
 
 
 def pretrain(run: PretrainConfig) -> int:
@@ -27,7 +30,7 @@ def pretrain(run: PretrainConfig) -> int:
 
     Returns:
         The status to end with: 0, or after a stop on request 128 and the signal's number
-        (SIGTERM: 143, Ctrl-C: 130); all is saved then.
+        (SIGTERM: 143, Ctrl-C: 130); all is saved then. 1 if going on would be a waste.
 
     Raises:
         SystemExit: status 2, with a message, for what the user can mend.
@@ -51,20 +54,34 @@ def pretrain(run: PretrainConfig) -> int:
         raise SystemExit(2) from None
 
     was_complete = state.step >= run.train.num_training_steps
-    with StopRequest() as stop:
-        train(
-            objective,
-            train_batches,
-            valid_batches,
-            state,
-            checkpointer,
-            metrics,
-            run.train,
-            stop,
-            tokenizer=tokenizer,
-            device=device,
-        )
+    health = build.build_health(run, metrics)
+    watchdog = Watchdog(run.output_dir / "stacks", run.health.hang_timeout)
+    lost = None
+    with StopRequest() as stop, watchdog:
+        try:
+            train(
+                objective,
+                train_batches,
+                valid_batches,
+                state,
+                checkpointer,
+                metrics,
+                run.train,
+                health,
+                stop,
+                watchdog,
+                skipped=SkippedSamples(run.data.skip_samples),
+                tokenizer=tokenizer,
+                device=device,
+            )
+        except TrainingLostError as error:
+            lost = error
     metrics.close()
+    if lost:
+        if is_main():
+            sys.stderr.write(f"run_pretrain.py: {lost}\n")
+        barrier()
+        return 1
     if stop.signal:
         logger.info("stopped after step %d; the same command goes on from there", state.step)
         barrier()

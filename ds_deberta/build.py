@@ -13,6 +13,7 @@ from ds_deberta.compatibility import fit_configs
 from ds_deberta.config import ModelConfig, PretrainConfig
 from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, loader
 from ds_deberta.data.loader import Batch
+from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.distributed import is_main, logger, rank, seed_rank, world_size
 from ds_deberta.engine import (
     DeepSpeedFacts,
@@ -21,6 +22,7 @@ from ds_deberta.engine import (
     precision,
     zero_stage,
 )
+from ds_deberta.health import Health
 from ds_deberta.kernels import AttentionFn, select_attention
 from ds_deberta.metrics import MetricTracker, measure_peak_flops
 from ds_deberta.model import (
@@ -232,6 +234,7 @@ def build_train_batches(
         rank=rank(),
         world_size=world_size(),
         consumed_samples=state.consumed_samples,
+        skipped=SkippedSamples(run.data.skip_samples),
         num_workers=run.data.num_workers,
         pin_memory=torch.cuda.is_available(),
     )
@@ -319,7 +322,12 @@ def build_metrics(
         start_step=state.step,
         flops_per_token=flops / length,
         peak_flops=measure_peak_flops(device, dtype) * world_size(),
-        warmup_steps=warmup_steps(run.optim, run.train.num_training_steps),
     )
     metrics.log_text("config", run.to_json())
     return metrics
+
+
+def build_health(run: PretrainConfig, metrics: MetricTracker) -> Health:
+    """What looks out for skipped updates and collapse."""
+    warmup = warmup_steps(run.optim, run.train.num_training_steps)
+    return Health(run.health, metrics, warmup_steps=warmup)

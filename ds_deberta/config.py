@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ds_deberta.data.sampler import SkippedSamples
+from ds_deberta.health import HealthConfig
 from ds_deberta.optim import OptimConfig
 from ds_deberta.recipes import RECIPES, recipe
 from ds_deberta.trainer import TrainConfig
@@ -37,6 +39,12 @@ class DataConfig:
     """Longest run of whole words masked together (1: single tokens; always 1 for RTD)."""
     num_workers: int = 2
     """Processes that mask ahead, per rank; 0: in the training process."""
+    skip_samples: str = ""
+    """Numbers of samples to pass over, A-B[,C-D...], both ends included, as in what is written of
+    skipped updates. Which rows the others are, and their order, does not change."""
+
+    def __post_init__(self) -> None:
+        SkippedSamples(self.skip_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,7 @@ class PretrainConfig:
     rtd: RTDConfig = field(default_factory=RTDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         if self.objective == "rtd" and self.data.max_ngram != 1:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 logger = logging.getLogger("ds_deberta")
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another one in a collective before it fails."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 _DEFAULT_PORT = 17006  # the original's
@@ -141,7 +143,6 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
     logger.info("%s", place)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        timeout = timedelta(minutes=30)
         if place.unit == "process":
             os.environ.update(  # what Slurm calls otherwise
                 RANK=str(place.rank),
@@ -150,10 +151,12 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
                 MASTER_ADDR=place.master_addr,
                 MASTER_PORT=str(place.master_port),
             )
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:  # plain `python`: a group of one, without a port
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(
+                backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+            )
             # DeepSpeed looks for these even where the group exists already.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     seed_everything(seed)

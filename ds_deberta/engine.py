@@ -81,7 +81,6 @@ _CLASSES_IN_CHECKPOINTS = {  # of DeepSpeed, which reads them by pickle
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
-_MAX_SKIPPED_IN_A_ROW = 50
 # Elements sent at once. Smaller ones cost more in latency than they hide.
 _SMALLEST_BUCKET = 2**20
 
@@ -168,6 +167,7 @@ def load_ds_config(path: Path, facts: DeepSpeedFacts) -> dict[str, Any]:
         config["zero_allow_untested_optimizer"] = True
         config["zero_force_ds_cpu_optimizer"] = False
     _check_precision(path, config)
+    _check_skipping(path, config)
     return config
 
 
@@ -196,7 +196,6 @@ class Engine:
     def __init__(self, engine: Any, *, clip: float | None) -> None:
         self._engine = engine
         self._clip = clip  # None: DeepSpeed clips
-        self._skipped_in_a_row = 0
         self._grad_norm: Tensor | float = math.nan
         self._lr = math.nan
 
@@ -210,14 +209,16 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        """Add this micro-batch's gradients. Those of a loss that is not finite are NaN."""
+        # A finite gradient of an infinite loss (of a logit at -inf, say) is no better.
+        finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        self._engine.backward(loss * finite, scale_wrt_gas=False)
 
     def step(self) -> None:
         """End a micro-batch; update the weights if it is the optimizer step's last.
 
-        Raises:
-            FloatingPointError: fp16 gradients overflowed in 50 updates in a row.
+        All ranks see the same averaged gradients. If those are not finite, none of them updates
+        weights, moments or schedule, see `applied`.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -226,15 +227,16 @@ class Engine:
         if self._clip is not None:
             max_norm = self._clip or math.inf
             self._grad_norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
+            # As ZeRO's optimizers do it: DeepSpeed then counts, and leaves the schedule alone.
+            self._engine.optimizer.overflow = not math.isfinite(self._grad_norm)
+            if self._engine.optimizer.overflow:
+                self.module.zero_grad(set_to_none=True)
         self._engine.step()
-        self._skipped_in_a_row = (
-            0 if self._engine.was_step_applied() else self._skipped_in_a_row + 1
-        )
-        if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"fp16 gradients overflowed in {self._skipped_in_a_row} updates in a row. "
-                "Use bf16, or lower the learning rate."
-            )
+
+    @property
+    def applied(self) -> bool:
+        """False after an update that was skipped because its gradients were not finite."""
+        return self._engine.was_step_applied()
 
     def stats(self) -> dict[str, float]:
         """learning_rate, grad_norm (before clipping), skipped_steps, and loss_scale in fp16."""
@@ -303,6 +305,11 @@ def initialize_engine(
         )
     if not zero_stage(ds_config):  # else it copies every gradient to send it to nobody
         engine.enable_backward_allreduce = world_size() > 1
+    if (
+        precision(ds_config) == torch.float16
+    ):  # at the least scale it would end the run, not --max_skipped_steps
+        optimizer: Any = engine.optimizer
+        optimizer.loss_scaler.raise_error_at_min_scale = False
     return Engine(engine, clip=clip)
 
 
@@ -385,6 +392,15 @@ def _check_precision(path: Path, config: Mapping[str, Any]) -> None:
             f"{path} enables fp16, which needs a GPU. On a CPU use bf16 "
             "(ds_configs/zero1_bf16.json) or fp32 (ds_configs/zero0_fp32.json)."
         )
+
+
+def _check_skipping(path: Path, config: Mapping[str, Any]) -> None:
+    for place in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if _get(config, place) is False:
+            raise ValueError(
+                f"{path} sets {place} to false: gradients that are not finite would be added to "
+                "the weights. Remove it."
+            )
 
 
 def _get(config: Mapping[str, Any], place: str) -> Any:

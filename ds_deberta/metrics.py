@@ -11,11 +11,11 @@ import os
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,6 @@ from tqdm import tqdm
 
 from ds_deberta.distributed import gather_across_ranks, is_main, logger, sum_across_ranks
 from ds_deberta.objectives import Metrics
-
-# A discriminator whose AUC stays under this tells replaced tokens no better than chance.
-COLLAPSE_AUC = 0.55
-_AUC_WINDOW = 10
 
 _TENSORBOARD_GROUPS = {  # the first prefix that fits names the chart's group
     "rtd_": "rtd",
@@ -104,7 +100,6 @@ class MetricTracker:
         start_step: where this process begins; later entries of an interrupted run are dropped.
         flops_per_token: of training (forward and backward), for MFU.
         peak_flops: matrix-product rate of all ranks together, FLOP/s, for MFU.
-        warmup_steps: a collapse is not announced earlier.
     """
 
     def __init__(
@@ -115,13 +110,10 @@ class MetricTracker:
         start_step: int,
         flops_per_token: float,
         peak_flops: float,
-        warmup_steps: int,
     ) -> None:
         self._total_steps = total_steps
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
-        self._warmup_steps = warmup_steps
-        self._recent_auc: deque[float] = deque(maxlen=_AUC_WINDOW)
         self._start_window()
         if is_main():
             self._jsonl = output_dir / "metrics.jsonl"
@@ -149,34 +141,40 @@ class MetricTracker:
         yield
         self._window_start += time.perf_counter() - start
 
-    def update(self, metrics: Metrics) -> None:
-        """Remember one step. Nothing leaves the device."""
+    def update(self, metrics: Metrics, *, applied: bool = True) -> None:
+        """Remember one step. Nothing leaves the device.
+
+        Args:
+            metrics: what it measured.
+            applied: if the weights were not updated, only its tokens count: its losses may be NaN.
+        """
+        self._tokens.append(metrics.tokens)
+        if not applied:
+            return
         if self._steps:  # the AUC is taken over the last step alone: free the others' scores
             self._steps[-1] = replace(self._steps[-1], scores=None)
         self._steps.append(metrics)
 
     def log(self, step: int, engine_stats: Mapping[str, float]) -> None:
-        """Write the means since the last call. Every rank must call it.
+        """Write the means since the last call, without losses if no update was applied.
 
-        Raises:
-            FloatingPointError: a loss is not finite, so the weights are lost.
+        Every rank must call it.
         """
-        values = reduce_metrics(self._steps, scores_of=self._steps[-1:])
-        tokens = sum_across_ranks(torch.stack([metrics.tokens for metrics in self._steps]).sum())
+        values = reduce_metrics(self._steps, scores_of=self._steps[-1:]) if self._steps else {}
+        tokens = sum_across_ranks(torch.stack(self._tokens).sum())
         seconds = time.perf_counter() - self._window_start
         tokens_per_second = tokens.item() / seconds
         values |= engine_stats
         values |= {
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
-            "step_seconds": seconds / len(self._steps),
+            "step_seconds": seconds / len(self._tokens),
             "data_wait_fraction": self._waited / seconds,
             "memory_gib": _peak_memory() / 2**30,
         }
         self._write("train", step, values)
         if is_main():
             self._show_progress(step, values)
-        self._check_training(step, values)
         self._start_window()
 
     def log_eval(
@@ -194,8 +192,22 @@ class MetricTracker:
                 lines = [" | ".join(row) for row in (examples, ["-"] * len(examples), *rows)]
                 self._writer.add_text("examples", "\n".join(f"| {x} |" for x in lines), step)
             self._writer.flush()
-        if step >= self._warmup_steps:
-            self._check_auc(step, values.get("rtd_auc", 1.0))
+
+    def warn(self, event: str, step: int, message: str, facts: Mapping[str, Any]) -> None:
+        """Write down what is wrong: a line of metrics.jsonl, on the console and in TensorBoard.
+
+        Args:
+            event: its name, as the line's `split`.
+            step: when.
+            message: for people.
+            facts: for the line.
+        """
+        if not is_main():
+            return
+        self._append({"step": step, "split": event, **facts})
+        self._say(f"WARNING step {step}: {message}", logging.WARNING)
+        self._writer.add_text("warning", message, step)
+        self._writer.flush()
 
     def log_text(self, name: str, text: str) -> None:
         """Put a text (the configuration, say) on TensorBoard's first page."""
@@ -209,20 +221,27 @@ class MetricTracker:
             self._writer.close()
 
     def _start_window(self) -> None:
-        self._steps: list[Metrics] = []
+        self._steps: list[Metrics] = []  # whose updates were applied
+        self._tokens: list[Tensor] = []  # of all steps
         self._waited = 0.0
         self._window_start = time.perf_counter()
 
     def _write(self, split: str, step: int, values: Mapping[str, float]) -> None:
         if not is_main():
             return
-        # JSON has no NaN: an undefined value is null.
-        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self._jsonl.open("a") as file:
-            file.write(json.dumps({"step": step, "split": split, **row}) + "\n")
+        self._append({"step": step, "split": split, **values})
         for name, value in values.items():
             group = next((g for p, g in _TENSORBOARD_GROUPS.items() if name.startswith(p)), "loss")
             self._writer.add_scalar(f"{group}/{name}/{split}", value, step)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        # JSON has no NaN: an undefined value is null.
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        with self._jsonl.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def _show_progress(self, step: int, values: Mapping[str, float]) -> None:
         if self._bar.disable:
@@ -239,32 +258,6 @@ class MetricTracker:
     def _say(self, line: str, level: int = logging.INFO) -> None:
         self._bar.clear()
         logger.log(level, line)
-
-    def _check_training(self, step: int, values: Mapping[str, float]) -> None:
-        bad = [
-            name for name in values if name.endswith("_loss") and not math.isfinite(values[name])
-        ]
-        if bad:
-            raise FloatingPointError(
-                f"{' and '.join(bad)} not finite at step {step}: the weights are lost. Go on from "
-                "the last checkpoint (--resume auto) with a lower --learning_rate, a longer "
-                "--warmup, or in bf16 or fp32 instead of fp16."
-            )
-        if "rtd_auc" in values and math.isfinite(values["rtd_auc"]):
-            self._recent_auc.append(values["rtd_auc"])
-        if step >= self._warmup_steps and len(self._recent_auc) == _AUC_WINDOW:
-            self._check_auc(step, sum(self._recent_auc) / _AUC_WINDOW)
-            self._recent_auc.clear()
-
-    def _check_auc(self, step: int, auc: float) -> None:
-        if auc < COLLAPSE_AUC and is_main():
-            self._say(
-                f"WARNING step {step}: the discriminator tells replaced tokens no better than "
-                f"chance (AUC {auc:.3f}). If it stays so it has collapsed: lower "
-                "--discriminator_learning_rate (0.3 of the generator's, say) or --learning_rate.",
-                logging.WARNING,
-            )
-            self._writer.add_text("warning", f"step {step}: AUC {auc:.3f}, near chance", step)
 
 
 def _format(values: Mapping[str, float]) -> str:

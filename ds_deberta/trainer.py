@@ -8,9 +8,12 @@ import torch
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.data import DebertaTokenizer
 from ds_deberta.data.loader import Batch
+from ds_deberta.data.sampler import SkippedSamples
+from ds_deberta.health import Health, TrainingLostError
 from ds_deberta.metrics import MetricTracker, reduce_metrics
 from ds_deberta.objectives import Metrics, Objective
 from ds_deberta.stop import StopRequest
+from ds_deberta.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +75,30 @@ def train(
     checkpointer: Checkpointer,
     metrics: MetricTracker,
     config: TrainConfig,
+    health: Health,
     stop: StopRequest,
+    watchdog: Watchdog,
     *,
+    skipped: SkippedSamples,
     tokenizer: DebertaTokenizer,
     device: torch.device,
 ) -> None:
     """Train until `num_training_steps`, logging, evaluating and saving on the way.
 
     Ends earlier, with a checkpoint, if `stop` is agreed on.
+
+    Raises:
+        TrainingLostError: on all ranks, with nothing saved if updates can not be applied, and
+            with a checkpoint after a collapse.
     """
     total_steps = config.num_training_steps
     eval_interval = config.eval_interval or config.dump_interval
 
     def evaluate_now() -> None:
-        values, examples = evaluate(objective, valid_batches, device)
+        values, examples = evaluate(objective, watchdog.over(valid_batches), device)
         metrics.log_eval(state.step, values, as_text(examples, tokenizer))
         state.evaluation_pending = False
+        health.check_evaluation(state.step, values)
 
     if state.evaluation_pending:
         with metrics.paused():
@@ -95,22 +106,32 @@ def train(
     while state.step < total_steps and not stop.signal:
         with metrics.waiting_for_data():
             micro_batches = [batch.to(device) for batch in next(train_batches)]
-        metrics.update(objective.train_step(micro_batches))
+        watchdog.progress()
+        measured = objective.train_step(micro_batches)
+        watchdog.progress()
         state.step += 1
-        state.consumed_samples += config.train_batch_size
+        first = skipped.nth(0, state.consumed_samples)
+        last = skipped.nth(config.train_batch_size - 1, state.consumed_samples)
+        state.consumed_samples = last + 1
+        applied = health.check_step(state.step, objective.engines, measured, (first, last))
+        metrics.update(measured, applied=applied)
 
-        last = state.step == total_steps
-        saving = state.step % config.dump_interval == 0 or last
-        state.evaluation_pending = state.step % eval_interval == 0 or last
+        ending = state.step == total_steps
+        saving = state.step % config.dump_interval == 0 or ending
+        state.evaluation_pending = state.step % eval_interval == 0 or ending
         stopping = stop.agreed(now=saving or state.evaluation_pending)
-        if state.step % config.log_interval == 0 or last or stopping:
+        if state.step % config.log_interval == 0 or ending or stopping:
             metrics.log(state.step, engine_stats(objective))  # the loop's only sync
         with metrics.paused():
             if state.evaluation_pending and not stopping:
                 evaluate_now()
                 stopping = stop.agreed(now=True)
-            if saving or stopping:
+            if saving or stopping or health.collapsed:
+                watchdog.progress()
                 checkpointer.save(state, objective.engines)
+                watchdog.progress()
+            if health.collapsed:
+                raise TrainingLostError(f"step {state.step}, saved: {health.collapsed}")
             if saving and not stopping:
                 stop.agreed(now=True)
 

@@ -99,6 +99,22 @@ def test_autocast_in_half_precision_is_refused(tmp_path):
         load_ds_config(path, facts())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "bf16": {"enabled": True, "check_grad_overflow": False},
+            "zero_optimization": {"stage": 1},
+        },
+        {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+    ],
+)
+def test_updates_by_bad_numbers_are_refused(tmp_path, settings):
+    """Either switch lets DeepSpeed add gradients that are not finite to the weights."""
+    with pytest.raises(ValueError, match="to false: gradients that are not finite"):
+        load_ds_config(write(tmp_path, **settings), facts())
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no DeepSpeed configuration at"):
         load_ds_config(tmp_path / "none.json", facts())

@@ -30,11 +30,19 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients; they are averaged over ranks, summed over calls."""
+        """Add this micro-batch's gradients; they are averaged over ranks, summed over calls.
+
+        A loss that is not finite must make gradients that are not finite.
+        """
         ...
 
     def step(self) -> None:
         """End a micro-batch; the last one of an optimizer step updates the weights."""
+        ...
+
+    @property
+    def applied(self) -> bool:
+        """False if the last update was skipped, on all ranks, for its gradients are not finite."""
         ...
 
     def stats(self) -> dict[str, float]:

@@ -38,6 +38,7 @@ class Corrupted:
     documents: Tensor  # [B, L]
     attention_mask: Tensor  # [B, L]
     replaced: Tensor  # [B, L] True where the token differs from the original
+    soundness: Tensor  # 0-d: 0, or NaN where the samples came from logits that are not finite
     metrics: dict[str, tuple[Tensor, Tensor]]
 
 
@@ -76,7 +77,8 @@ class RTDObjective:
         """Update the generator on all micro-batches, then the discriminator on what it wrote.
 
         As the original: samples come from the logits before the generator's update, the shared
-        embeddings are the updated ones.
+        embeddings are the updated ones. Where the generator's loss is not finite, its samples mean
+        nothing, and neither model is updated.
         """
         predicted = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in micro_batches])
         tokens = torch.stack([batch.attention_mask.sum() for batch in micro_batches])
@@ -115,7 +117,7 @@ class RTDObjective:
         with torch.no_grad():
             base = self._shared_rows(corrupted)
         logits = self._discriminator(corrupted, base)
-        self.discriminator.backward(_rtd_loss(logits, corrupted) * weight)
+        self.discriminator.backward(_rtd_loss(logits, corrupted) * weight + corrupted.soundness)
         self.discriminator.step()
         return self._discriminator_metrics(corrupted, logits.detach())
 
@@ -130,7 +132,8 @@ class RTDObjective:
         assert rows is not None
         leaf = rows.detach().requires_grad_()  # [B, L, E]
         rtd_logits = self._discriminator(corrupted, leaf)
-        self.discriminator.backward(_rtd_loss(rtd_logits, corrupted) * discriminator_weight)
+        rtd_loss = _rtd_loss(rtd_logits, corrupted) * discriminator_weight + corrupted.soundness
+        self.discriminator.backward(rtd_loss)
         self.discriminator.step()
 
         assert leaf.grad is not None
@@ -173,6 +176,7 @@ class RTDObjective:
             documents=batch.documents,
             attention_mask=batch.attention_mask,
             replaced=replaced,
+            soundness=output.loss.detach() * 0,
             metrics={
                 "generator_loss": (output.loss.detach(), count),
                 "mlm_accuracy": ((output.predictions == batch.labels).sum(), count),

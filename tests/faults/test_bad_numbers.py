@@ -1,0 +1,83 @@
+"""Bad numbers do not spread: no rank updates anything, it is counted, and too many end the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, run_ranks
+
+WORKER = ROOT / "tests/workers/bad_numbers.py"
+FAULTS = ("nan_logits", "nan_loss", "inf_loss", "nan_gradient", "inf_gradient")
+
+pytestmark = pytest.mark.distributed
+
+
+def case(kind: str, stage: int, precision: str, data_dir: Path) -> dict[str, str]:
+    return {
+        "name": f"{kind}_zero{stage}_{precision}",
+        "config": str(ROOT / f"ds_configs/zero{stage}_{precision}.json"),
+        "objective": "mlm" if kind == "mlm" else "rtd",
+        "sharing": kind,
+        "data": str(data_dir),
+    }
+
+
+def autocast_case(kind: str, stage: int, data_dir: Path, folder: Path) -> dict[str, str]:
+    """Fp32 weights, sharded, and bf16 products."""
+    ds_config = json.loads((ROOT / f"ds_configs/zero{stage}_fp32.json").read_text())
+    ds_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    path = folder / f"zero{stage}_autocast.json"
+    path.write_text(json.dumps(ds_config))
+    made = case(kind, stage, "autocast", data_dir)
+    return made | {"config": str(path)}
+
+
+def examine(cases: list[dict[str, str]], folder: Path, world_size: int) -> None:
+    out_file = folder / f"found_{world_size}.json"
+    run_ranks(WORKER, json.dumps(cases), str(out_file), world_size=world_size)
+    found = json.loads(out_file.read_text())
+    assert found.keys() == {case["name"] for case in cases}
+    for case in cases:
+        engines = ("generator", "discriminator") if case["objective"] == "rtd" else ("model",)
+        expected = {"changed": []}
+        for name in engines:
+            for fault in FAULTS:
+                expected[f"{name} {fault}"] = skips(name, fault, case["sharing"])
+        assert found[case["name"]] == expected, case["name"]
+
+
+def skips(broken: str, fault: str, sharing: str) -> list[str]:
+    """Who must not be updated: the broken one, and whoever lives on what it gives."""
+    if broken == "model":
+        return ["model"]
+    both = ["generator", "discriminator"]
+    if broken == "discriminator":  # with one table, its gradient goes on to the generator
+        return both if sharing == "es" else ["discriminator"]
+    return ["generator"] if fault.endswith("gradient") else both  # the samples are no good
+
+
+def test_bad_numbers_on_one_rank_update_no_rank(data_dir, tmp_path):
+    """Weights, moments, counts and schedule stay, and the next step is as if nothing had been."""
+    kinds = (("mlm", 0, "bf16"), ("gdes", 3, "fp32"), ("es", 2, "bf16"))
+    cases = [case(*kind, data_dir) for kind in kinds]
+    examine(cases, tmp_path, world_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bad_numbers_update_nothing_in_any_stage_and_precision(data_dir, tmp_path, world_size):
+    cases = [
+        case(kind, stage, precision, data_dir)
+        for kind in ("mlm", "gdes", "es", "nes")
+        for stage in range(4)
+        for precision in ("fp32", "bf16")
+    ]
+    cases += [
+        autocast_case(kind, stage, data_dir, tmp_path)
+        for kind in ("mlm", "gdes", "es")
+        for stage in (1, 2, 3)
+    ]
+    cases += [case(kind, 2, "bf16_offload", data_dir) for kind in ("mlm", "gdes")]
+    cases += [case("gdes", 3, "bf16_offload", data_dir)]
+    examine(cases, tmp_path, world_size)

@@ -1,0 +1,117 @@
+"""Whole runs that meet bad numbers, or collapse: what they do, write down and end with."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_deberta.engine import consolidated_weights
+from tests.launch import ROOT, run_ranks
+
+POISONED = (24, 39)  # of batches of 4: the steps 7 to 10
+
+
+def lines(folder: Path, split: str) -> list[dict]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def done(
+    data_dir: Path, tiny_model_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
+    """Runs on two ranks: one that comes through, one that gives up and goes on, a fresh one."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = [
+        *("--model", str(tiny_model_file), "--data_dir", str(data_dir)),
+        *("--deepspeed_config", str(ROOT / "ds_configs/zero2_fp32.json"), "--dropout", "0.1"),
+        *("--max_seq_length", "32", "--train_batch_size", "4", "--num_workers", "0"),
+        *("--lr_schedule", "constant", "--num_training_steps", "14", "--dump_interval", "5"),
+    ]
+    mlm = ["--objective", "mlm", *common, "--warmup", "3"]
+    skipping = [*mlm, "--log_interval", "1", "--max_skipped_steps", "3"]
+    rtd = ["--objective", "rtd", *common, "--warmup", "0", "--learning_rate", "1e-9"]
+    commands = {
+        "through": [*mlm, "--log_interval", "6"],
+        "given_up": skipping,
+        "gone_on": [*skipping, "--skip_samples", "24-39"],
+        "fresh": [*skipping, "--skip_samples", "35-39,24-34"],
+        "collapsed": [*rtd, "--eval_interval", "2", "--stop_on_collapse", "true"],
+    }
+    names = {"gone_on": "given_up"}  # in the other's folder
+    runs = [[*c, "--output_dir", str(folder / names.get(n, n))] for n, c in commands.items()]
+    worker = ROOT / "tests/workers/poisoned_runs.py"
+    found = []
+    for some in (runs[:2], runs[2:]):  # to look at what the one that gave up left
+        arguments = (json.dumps(some), *map(str, POISONED), str(folder))
+        run_ranks(worker, *arguments, world_size=2)
+        statuses = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+        assert statuses[0] == statuses[1]
+        newest = max((folder / "given_up/checkpoints").iterdir()).name
+        said = (folder / "0.txt").read_text()
+        skipped = lines(folder / "given_up", "skipped")
+        found.append(
+            SimpleNamespace(statuses=statuses[0], newest=newest, said=said, skipped=skipped)
+        )
+    return SimpleNamespace(folder=folder, before=found[0], after=found[1])
+
+
+@pytest.mark.distributed
+def test_a_few_bad_steps_are_counted_and_written_down(done):
+    assert done.before.statuses[0] == 0
+    folder = done.folder / "through"
+    assert [(r["step"], r["first_sample"], r["last_sample"]) for r in lines(folder, "skipped")] == [
+        (step, 4 * step - 4, 4 * step - 1) for step in (7, 8, 9, 10)
+    ]
+    assert all(r["skipped"] == ["model"] for r in lines(folder, "skipped"))
+    assert "the model was not updated: loss or gradients are not finite; samples 24-27" in (
+        done.before.said
+    )
+    assert [r["skipped_steps_model"] for r in lines(folder, "train")] == [0, 4, 4]
+
+
+@pytest.mark.distributed
+def test_a_bad_step_does_not_poison_the_means(done):
+    """Step 12's line is of the steps 7 to 12: of the two good ones among them."""
+    assert all(math.isfinite(r["mlm_loss"]) for r in lines(done.folder / "through", "train"))
+    assert all(r["mlm_loss"] is None for r in lines(done.folder / "through", "skipped"))
+
+
+@pytest.mark.distributed
+def test_bad_steps_in_a_row_end_the_run_on_all_ranks(done):
+    """With the samples' numbers, and with the checkpoint from before as the newest."""
+    assert done.before.statuses[1] == 1
+    assert done.before.newest == "step_0000005"
+    assert [row["step"] for row in done.before.skipped] == [7, 8, 9]
+    assert "3 updates of the model in a row were skipped" in done.before.said
+    assert "at samples 24-35" in done.before.said
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_past_skipped_samples_as_if_they_had_never_been(done):
+    assert done.after.statuses[:2] == [0, 0]
+    assert done.after.skipped == []
+    gone_on, fresh = (
+        consolidated_weights(done.folder / name / "checkpoints/step_0000014/model")
+        for name in ("given_up", "fresh")
+    )
+    assert all(torch.equal(gone_on[name], fresh[name]) for name in fresh)
+    position = json.loads(
+        (done.folder / "fresh/checkpoints/step_0000014/checkpoint.json").read_text()
+    )
+    assert position["consumed_samples"] == 14 * 4 + 16
+
+
+@pytest.mark.distributed
+def test_a_collapsed_run_is_saved_and_ends_on_all_ranks(done):
+    assert done.after.statuses[2] == 1
+    folder = done.folder / "collapsed"
+    (row,) = lines(folder, "collapse")
+    assert row["evaluations"] == 3
+    saved = max((folder / "checkpoints").iterdir()).name
+    assert saved == f"step_{row['step']:07d}"
+    assert f"step {row['step']}, saved: " in done.after.said
+    assert "at 3 evaluations in a row: this has collapsed" in done.after.said
