@@ -24,7 +24,7 @@ def test_a_stop_in_the_middle_of_something_is_saved(flags, tmp_path, moment, ran
     command = ("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()))
     slow = (*command, "tests/workers/slow_run.py", *flags, *ENDLESS[:2], *intervals)
     with Run(tmp_path / "run", *slow) as run:
-        run.wait_for(lambda: (run.folder / moment).exists())
+        run.wait_for(lambda: (run.folder / moment).exists(), 180)
         for number in ranks:
             (rank,) = run.processes(RANK=number)
             os.kill(rank, signal.SIGTERM)
