@@ -12,7 +12,7 @@ import shutil
 import sys
 
 from ds_deberta import build
-from ds_deberta.agreement import check_agreement
+from ds_deberta.agreement import check_agreement, check_data
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.data import load_tokenizer
 from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdown
@@ -35,6 +35,7 @@ def pretrain(run: PretrainConfig) -> int:
     try:
         device = initialize(run.seed, expect_world_size=run.expect_world_size)
         check_agreement(run, device)
+        check_data(run.data.data_dir, device)
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(
             tokenizer.vocab_file

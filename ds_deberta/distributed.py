@@ -9,10 +9,12 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -220,6 +222,26 @@ def gather_across_ranks(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """Every rank's text, in rank order."""
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([len(mine)], device=device)
+    lengths = gather_across_ranks(length).tolist()
+    parts = gather_across_ranks(mine).cpu().split(lengths)
+    return [bytes(part.tolist()).decode() for part in parts]
+
+
+def place_on_node(device: torch.device) -> tuple[int, int]:
+    """This process's number among those of its host, and how many these are.
+
+    Counted by asking all ranks: launchers' variables do without, or count for another node.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
+    ranks = [i for i, other in enumerate(gather_texts(host, device)) if other == host]
+    return ranks.index(rank()), len(ranks)
 
 
 def shutdown() -> None:
