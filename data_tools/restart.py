@@ -75,6 +75,7 @@ def begin(
         if not changes and not (is_finished and overwrite):
             _check(folder, old_progress)
             if is_finished:
+                _clear(folder, old_progress)
                 return None
             progress = old_progress
     elif taken := [name for name in (MANIFEST_FILE, *SPLITS) if (folder / name).exists()]:
