@@ -18,6 +18,7 @@ from ds_deberta.data import load_tokenizer
 from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdown
 from ds_deberta.hf import export_checkpoint
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
 
@@ -46,7 +47,7 @@ def pretrain(run: PretrainConfig) -> int:
         train_batches = build.build_train_batches(run, tokenizer, state)
         valid_batches = build.build_valid_batches(run, tokenizer)
         metrics = build.build_metrics(run, tokenizer, device, state)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if is_main():
             sys.stderr.write(f"run_pretrain.py: {error}\n")
         raise SystemExit(2) from None
@@ -89,8 +90,10 @@ def pretrain(run: PretrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    status = pretrain(parse())
-    shutdown()
+    run = parse()
+    with own_temporary_folder():
+        status = pretrain(run)
+        shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     # Past this point only libraries' threads are left, and gloo's sometimes abort the exit.
