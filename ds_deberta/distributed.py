@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ logger = logging.getLogger("ds_deberta")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 _DEFAULT_PORT = 17006  # the original's
+_THIS_MACHINE = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,18 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
                 MASTER_ADDR=place.master_addr,
                 MASTER_PORT=str(place.master_port),
             )
-            dist.init_process_group(backend, timeout=timeout)
+            if place.master_addr in _THIS_MACHINE and "TORCHELASTIC_RUN_ID" not in os.environ:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                store = _local_store(place, timeout)
+                dist.init_process_group(
+                    backend,
+                    store=store,
+                    rank=place.rank,
+                    world_size=place.world_size,
+                    timeout=timeout,
+                )
+            else:
+                dist.init_process_group(backend, timeout=timeout)
         else:  # plain `python`: a group of one, without a port
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -166,6 +179,20 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     _keep_freed_memory()
     return torch.device("cpu")
+
+
+def _local_store(place: Place, timeout: timedelta) -> Any:
+    """The ranks' meeting point on this machine; torch's own would listen to the whole network."""
+    is_first = place.rank == 0
+    address = (place.master_addr, place.master_port)
+    listener = socket.create_server(address).detach() if is_first else None
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        *address,
+        world_size=place.world_size,
+        is_master=is_first,
+        timeout=timeout,
+        master_listen_fd=listener,
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -248,6 +275,11 @@ def shutdown() -> None:
     """Leave the process group once all ranks are done."""
     barrier()
     dist.destroy_process_group()
+
+
+def has_launcher() -> bool:
+    """True if `deepspeed` or `torchrun` started this process, whether they live or not."""
+    return any(name in os.environ for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID"))
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:
