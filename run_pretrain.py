@@ -12,7 +12,7 @@ import shutil
 import sys
 
 from ds_deberta import build
-from ds_deberta.agreement import check_agreement
+from ds_deberta.agreement import check_agreement, check_data
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.data import load_tokenizer
 from ds_deberta.data.sampler import SkippedSamples
@@ -20,6 +20,7 @@ from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdow
 from ds_deberta.health import TrainingLostError
 from ds_deberta.hf import export_checkpoint
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
 from ds_deberta.watchdog import Watchdog
@@ -38,6 +39,7 @@ def pretrain(run: PretrainConfig) -> int:
     try:
         device = initialize(run.seed, expect_world_size=run.expect_world_size)
         check_agreement(run, device)
+        check_data(run.data.data_dir, device)
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(
             tokenizer.vocab_file
@@ -48,7 +50,7 @@ def pretrain(run: PretrainConfig) -> int:
         train_batches = build.build_train_batches(run, tokenizer, state)
         valid_batches = build.build_valid_batches(run, tokenizer)
         metrics = build.build_metrics(run, tokenizer, device, state)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if is_main():
             sys.stderr.write(f"run_pretrain.py: {error}\n")
         raise SystemExit(2) from None
@@ -105,8 +107,10 @@ def pretrain(run: PretrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    status = pretrain(parse())
-    shutdown()
+    run = parse()
+    with own_temporary_folder():
+        status = pretrain(run)
+        shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     # Past this point only libraries' threads are left, and gloo's sometimes abort the exit.

@@ -13,7 +13,15 @@ from typing import Any
 from encoding import SPLITS
 from rows import Progress
 
-from ds_deberta.data.shards import MANIFEST_FILE, ShardInfo
+from ds_deberta.data.shards import (
+    CHECKSUM,
+    MANIFEST_FILE,
+    Manifest,
+    ShardInfo,
+    checksum,
+    find_damage,
+    write_durably,
+)
 
 PREPARATION_FILE = "preparation.json"
 VOCAB_FILE = "spm.model"
@@ -57,7 +65,7 @@ def begin(
             for name, value in settings.items()
             if old_settings.get(name) != value
         ]
-        is_finished = manifest.exists()
+        is_finished = _is_finished(folder, vocab)
         is_begun = is_finished or any(each.shards for each in old_progress.values())
         if changes and is_begun and not overwrite:
             raise ValueError(
@@ -67,6 +75,7 @@ def begin(
         if not changes and not (is_finished and overwrite):
             _check(folder, old_progress)
             if is_finished:
+                _clear(folder, old_progress)
                 return None
             progress = old_progress
     elif taken := [name for name in (MANIFEST_FILE, *SPLITS) if (folder / name).exists()]:
@@ -86,22 +95,21 @@ def save_progress(folder: Path, settings: dict[str, Any], progress: dict[str, Pr
         "settings": settings,
         "progress": {split: asdict(each) for split, each in progress.items()},
     }
+    state[CHECKSUM] = checksum(state)
     write_file(folder / PREPARATION_FILE, (json.dumps(state, indent=1) + "\n").encode())
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_durably(path, lambda file: file.write(content))
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Progress]]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        # Folders of before there was a checksum lack it.
+        if state.pop(CHECKSUM, None) not in (None, checksum(state)):
+            raise ValueError(f"its {CHECKSUM} differs")
         progress = {
             split: Progress(
                 **fields
@@ -113,15 +121,23 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Progress]]:
         }
         # Folders of before there was packing lack the setting.
         return {"pack_documents": False, **state["settings"]}, progress
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from None
 
 
 def _check(folder: Path, progress: dict[str, Progress]) -> None:
-    for shard in (shard for each in progress.values() for shard in each.shards):
-        path = folder / shard.file
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise ValueError(f"{path} is gone or damaged; delete {folder} and start again")
+    damage = find_damage(folder, (shard for each in progress.values() for shard in each.shards))
+    if damage:
+        raise ValueError("\n".join(damage))
+
+
+def _is_finished(folder: Path, vocab: bytes) -> bool:
+    """True if manifest and vocabulary are there; damaged ones are written anew."""
+    try:
+        Manifest.load(folder)
+        return (folder / VOCAB_FILE).read_bytes() == vocab
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def _clear(folder: Path, progress: dict[str, Progress]) -> None:

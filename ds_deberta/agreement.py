@@ -1,22 +1,33 @@
 """What must be the same on all ranks: code, data and configuration, compared at the start.
 
 Nodes have copies of their own, and flags of their own where each is started by hand. A difference
-would train on without a word, or hang.
+would train on without a word, or hang. So would damaged data: every node reads all of its own.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
 from ds_deberta import __version__
 from ds_deberta.config import PretrainConfig
-from ds_deberta.data import Manifest
-from ds_deberta.distributed import gather_across_ranks, world_size
+from ds_deberta.data import Manifest, find_damage, load_tokenizer
+from ds_deberta.distributed import (
+    gather_across_ranks,
+    gather_texts,
+    logger,
+    place_on_node,
+    world_size,
+)
 
+T = TypeVar("T")
+
+_NAMED = 3  # damaged files
 _PLACES = ("data_dir",)  # may differ, for what is there is compared
 
 
@@ -29,17 +40,65 @@ def check_agreement(run: PretrainConfig, device: torch.device) -> None:
     code = {"ds_deberta": __version__} | {name: version(name) for name in ("torch", "deepspeed")}
     code["the files of ds_deberta"] = _hash_code()
     check_same("code", code, device)
-    try:
-        manifest = Manifest.load(run.data.data_dir)
-        data = " ".join(f"{name} {data_fingerprint(manifest, name)}" for name in manifest.splits)
-    except (ValueError, FileNotFoundError) as error:
-        data = type(error).__name__  # if all ranks agree on that, the next to load it says more
+    manifest = on_all_ranks(lambda: Manifest.load(run.data.data_dir), device)
+    data = " ".join(f"{name} {data_fingerprint(manifest, name)}" for name in manifest.splits)
     check_same("data", {str(run.data.data_dir): data}, device)
     settings = {k: str(v) for k, v in json.loads(run.to_json()).items() if k not in _PLACES}
     for name in ("model", "deepspeed_config"):
         file = Path(settings[name])
         settings[name] = _hash(file.read_bytes()) if file.is_file() else settings[name]
     check_same("configuration", settings, device)
+
+
+def check_data(data_dir: Path, device: torch.device) -> None:
+    """Read all data against their hashes, once on every node, its processes a share each.
+
+    Raises:
+        ValueError: on every rank, if a file is missing or not what was written; names it.
+    """
+    started = time.perf_counter()
+    manifest = on_all_ranks(lambda: Manifest.load(data_dir), device)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    number, of = place_on_node(device)
+
+    def read_share() -> None:
+        load_tokenizer(data_dir)
+        damage = find_damage(data_dir, shards[number::of])
+        if damage:
+            more = f"\n... and {len(damage) - _NAMED} more" if len(damage) > _NAMED else ""
+            raise ValueError("\n".join(damage[:_NAMED]) + more)
+
+    on_all_ranks(read_share, device)
+    seconds, gigabytes = time.perf_counter() - started, sum(s.bytes for s in shards) / 1e9
+    logger.info(
+        "verified %d shards, %.3g GB, in %.1f s; %d processes of each node shared them",
+        *(len(shards), gigabytes, seconds, of),
+    )
+
+
+def on_all_ranks(act: Callable[[], T], device: torch.device) -> T:
+    """Act on every rank; where one fails, let all of them fail alike.
+
+    Raises:
+        ValueError: on every rank, if one met a ValueError or an OSError; says what, and which.
+    """
+    result, problem = None, ""
+    try:
+        result = act()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    by_text: dict[str, list[str]] = {}
+    for number, text in enumerate(gather_texts(problem, device)):
+        by_text.setdefault(text, []).append(str(number))
+    by_text.pop("", None)
+    if by_text:
+        raise ValueError(
+            "\n".join(
+                text if len(ranks) == world_size() else f"{text} (found by rank {', '.join(ranks)})"
+                for text, ranks in by_text.items()
+            )
+        )
+    return cast(T, result)
 
 
 def check_same(kind: str, facts: Mapping[str, str], device: torch.device) -> None:

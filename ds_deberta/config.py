@@ -10,6 +10,8 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
+import re
 import textwrap
 import types
 import typing
@@ -212,13 +214,26 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
         return value
     try:
-        if kind is bool and isinstance(value, str):
-            return {"true": True, "false": False}[value.lower()]
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return int(float(value)) if kind is int else kind(value)
-    except (KeyError, TypeError, ValueError):
-        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        if kind is bool:
+            return (
+                value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()]
+            )
+        if isinstance(value, bool):
+            raise TypeError
+        if kind is int:
+            number = int(value) if re.fullmatch(r"-?\d+", str(value)) else float(value)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind is float:
+            if not math.isfinite(float(value)):
+                raise ValueError
+            return float(value)
+        if not isinstance(value, str | Path):
+            raise TypeError
+        return kind(value)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         raise ValueError(
             f"{name} must be {names.get(kind, kind.__name__)}; got {value!r}"
         ) from None
@@ -227,8 +242,10 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path} can not be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold a JSON object, got {values!r:.40}")
     known = set(_flag_names(PretrainConfig))
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"--config {path} holds unknown settings: {', '.join(unknown)}")

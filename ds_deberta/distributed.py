@@ -9,10 +9,13 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 _DEFAULT_PORT = 17006  # the original's
+_THIS_MACHINE = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +155,18 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
                 MASTER_ADDR=place.master_addr,
                 MASTER_PORT=str(place.master_port),
             )
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            if place.master_addr in _THIS_MACHINE and "TORCHELASTIC_RUN_ID" not in os.environ:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                store = _local_store(place, COLLECTIVE_TIMEOUT)
+                dist.init_process_group(
+                    backend,
+                    store=store,
+                    rank=place.rank,
+                    world_size=place.world_size,
+                    timeout=COLLECTIVE_TIMEOUT,
+                )
+            else:
+                dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:  # plain `python`: a group of one, without a port
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(
@@ -167,6 +182,20 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     _keep_freed_memory()
     return torch.device("cpu")
+
+
+def _local_store(place: Place, timeout: timedelta) -> Any:
+    """The ranks' meeting point on this machine; torch's own would listen to the whole network."""
+    is_first = place.rank == 0
+    address = (place.master_addr, place.master_port)
+    listener = socket.create_server(address).detach() if is_first else None
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        *address,
+        world_size=place.world_size,
+        is_master=is_first,
+        timeout=timeout,
+        master_listen_fd=listener,
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -225,10 +254,35 @@ def gather_across_ranks(tensor: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """Every rank's text, in rank order."""
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([len(mine)], device=device)
+    lengths = gather_across_ranks(length).tolist()
+    parts = gather_across_ranks(mine).cpu().split(lengths)
+    return [bytes(part.tolist()).decode() for part in parts]
+
+
+def place_on_node(device: torch.device) -> tuple[int, int]:
+    """This process's number among those of its host, and how many these are.
+
+    Counted by asking all ranks: launchers' variables do without, or count for another node.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
+    ranks = [i for i, other in enumerate(gather_texts(host, device)) if other == host]
+    return ranks.index(rank()), len(ranks)
+
+
 def shutdown() -> None:
     """Leave the process group once all ranks are done."""
     barrier()
     dist.destroy_process_group()
+
+
+def has_launcher() -> bool:
+    """True if `deepspeed` or `torchrun` started this process, whether they live or not."""
+    return any(name in os.environ for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID"))
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:

@@ -67,6 +67,7 @@ _KNOWN_KEYS = {
     "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 }
+_SECTIONS = ("bf16", "fp16", "optimizer", "torch_autocast", "zero_optimization")
 _OWNED_KEYS = {  # what DeepSpeed knows but the command line decides
     "scheduler": "--lr_schedule and --warmup",
     "tensorboard": "<output_dir>/tensorboard, which is always written",
@@ -355,7 +356,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"no DeepSpeed configuration at {path}; choose one from ds_configs/"
         ) from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(config).__name__}")
@@ -363,7 +364,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
-    for key in config:
+    for key, value in config.items():
+        if key in _SECTIONS and not isinstance(value, Mapping):
+            raise ValueError(f"{path}: {key} must be a JSON object, got {value!r:.40}")
         if key in _OWNED_KEYS:
             raise ValueError(f"{path} sets {key!r}; remove it and use {_OWNED_KEYS[key]}")
         if key not in _KNOWN_KEYS:
@@ -373,6 +376,11 @@ def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_precision(path: Path, config: Mapping[str, Any]) -> None:
+    if (stage := zero_stage(config)) not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r:.40}")
+    dtype = config.get("torch_autocast", {}).get("dtype", "bfloat16")
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(f"{path}: torch_autocast.dtype must be bfloat16 or float16, got {dtype!r}")
     enabled = [n for n in ("bf16", "fp16", "torch_autocast") if config.get(n, {}).get("enabled")]
     if len(enabled) > 1:
         raise ValueError(f"{path} enables {' and '.join(enabled)}; choose one")

@@ -41,12 +41,13 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ds_deberta.launch", allow_abbrev=False, add_help=False)
     parser.add_argument("--procs_per_node", type=int)
     given, words = parser.parse_known_args(argv)
-    with tempfile.NamedTemporaryFile("w", prefix="hostfile_") as hostfile:
+    with tempfile.TemporaryFile("w") as hostfile:  # nameless: nothing is left of it
+        hostfile_name = f"/proc/{os.getpid()}/fd/{hostfile.fileno()}"
         try:
             place = find_node(os.environ)
             options, command = split_command(words)
-            check_options(options, place, given.procs_per_node)
-            added = placing_options(options, place, given.procs_per_node, hostfile.name)
+            check_options(options, place, given.procs_per_node, command)
+            added = placing_options(options, place, given.procs_per_node, hostfile_name)
         except ValueError as error:
             sys.stderr.write(f"ds_deberta.launch: {error}\n")
             return 2
@@ -88,11 +89,14 @@ def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:at]), list(words[at:])
 
 
-def check_options(options: Sequence[str], place: Place, procs_per_node: int | None) -> None:
+def check_options(
+    options: Sequence[str], place: Place, procs_per_node: int | None, command: Sequence[str] = ()
+) -> None:
     """Refuse what `deepspeed` would misread or pass over.
 
     Raises:
-        ValueError: no such hostfile; or options and variables that contradict each other.
+        ValueError: no such hostfile; options and variables that contradict each other; or words of
+            the command that would not reach other nodes as they are.
     """
     names = [word.partition("=")[0] for word in options]
     for i, name in enumerate(names):
@@ -101,6 +105,7 @@ def check_options(options: Sequence[str], place: Place, procs_per_node: int | No
             if not Path(file).is_file():
                 raise ValueError(f"there is no hostfile {file!r}; hostfiles/ has examples")
             _check_exports()
+            _check_words(command)
     placing = [name for name in names if name in _PLACING]
     if placing and procs_per_node is not None:
         raise ValueError(f"--procs_per_node does not go with {placing[0]}: leave one of them out")
@@ -150,6 +155,16 @@ def _check_exports() -> None:
                         f"{file}, line {number}, must be NAME=VALUE, without blank lines and "
                         f"comments; got {line!r}"
                     )
+
+
+def _check_words(command: Sequence[str]) -> None:
+    """Refuse words that a shell would change, for `deepspeed` quotes none but those with spaces."""
+    for word in command:
+        if re.search(r"[$`\\%\n]" if " " in word else r"[^\w@:,./+=-]|^$", word, re.ASCII):
+            raise ValueError(
+                f"a shell of the other nodes would change {word!r}; use plain names, and put other "
+                "values into a file for --config"
+            )
 
 
 def _run(command: Sequence[str]) -> int:

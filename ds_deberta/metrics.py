@@ -11,8 +11,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ds_deberta.data.shards import write_durably
 from ds_deberta.distributed import gather_across_ranks, is_main, logger, sum_across_ranks
 from ds_deberta.objectives import Metrics
 
@@ -118,7 +119,11 @@ class MetricTracker:
         if is_main():
             self._jsonl = output_dir / "metrics.jsonl"
             _drop_entries_after(self._jsonl, start_step)
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+            self._unwritten: list[str] = []
+            self._tensorboard = output_dir / "tensorboard"
+            self._writer: SummaryWriter | None = SummaryWriter(
+                str(self._tensorboard), purge_step=start_step + 1
+            )
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -190,8 +195,8 @@ class MetricTracker:
             if examples:
                 rows = zip(*examples.values(), strict=True)
                 lines = [" | ".join(row) for row in (examples, ["-"] * len(examples), *rows)]
-                self._writer.add_text("examples", "\n".join(f"| {x} |" for x in lines), step)
-            self._writer.flush()
+                text = "\n".join(f"| {x} |" for x in lines)
+                self._draw(lambda writer: writer.add_text("examples", text, step))
 
     def warn(self, event: str, step: int, message: str, facts: Mapping[str, Any]) -> None:
         """Write down what is wrong: a line of metrics.jsonl, on the console and in TensorBoard.
@@ -206,19 +211,18 @@ class MetricTracker:
             return
         self._append({"step": step, "split": event, **facts})
         self._say(f"WARNING step {step}: {message}", logging.WARNING)
-        self._writer.add_text("warning", message, step)
-        self._writer.flush()
+        self._draw(lambda writer: writer.add_text("warning", message, step))
 
     def log_text(self, name: str, text: str) -> None:
         """Put a text (the configuration, say) on TensorBoard's first page."""
-        if is_main():
-            self._writer.add_text(name, f"```\n{text}\n```", 0)
+        self._draw(lambda writer: writer.add_text(name, f"```\n{text}\n```", 0))
 
     def close(self) -> None:
         """Flush and close the files."""
         if is_main():
             self._bar.close()
-            self._writer.close()
+            self._append_lines()
+            self._draw(SummaryWriter.close)
 
     def _start_window(self) -> None:
         self._steps: list[Metrics] = []  # whose updates were applied
@@ -230,9 +234,13 @@ class MetricTracker:
         if not is_main():
             return
         self._append({"step": step, "split": split, **values})
-        for name, value in values.items():
-            group = next((g for p, g in _TENSORBOARD_GROUPS.items() if name.startswith(p)), "loss")
-            self._writer.add_scalar(f"{group}/{name}/{split}", value, step)
+
+        def add_scalars(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                fitting = (g for p, g in _TENSORBOARD_GROUPS.items() if name.startswith(p))
+                writer.add_scalar(f"{next(fitting, 'loss')}/{name}/{split}", value, step)
+
+        self._draw(add_scalars)
 
     def _append(self, row: Mapping[str, Any]) -> None:
         # JSON has no NaN: an undefined value is null.
@@ -240,8 +248,42 @@ class MetricTracker:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
         }
-        with self._jsonl.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._unwritten.append(json.dumps(row) + "\n")
+        self._append_lines()
+
+    def _append_lines(self) -> None:
+        """Bring all lines to metrics.jsonl; while the disk has no room, keep them."""
+        size = self._jsonl.stat().st_size if self._jsonl.exists() else 0
+        try:
+            with self._jsonl.open("a") as file:
+                file.writelines(self._unwritten)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._jsonl, size)  # no half of a line
+            self._say(
+                f"{self._jsonl} can not be written: {error}. The training goes on and keeps "
+                f"{len(self._unwritten)} lines for later; make room before the next checkpoint.",
+                logging.ERROR,
+            )
+        else:
+            self._unwritten.clear()
+
+    def _draw(self, add: Callable[[SummaryWriter], None]) -> None:
+        """Hand something to TensorBoard and have it written, or go without."""
+        if not is_main() or self._unwritten:  # no room
+            return
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._tensorboard))
+            add(self._writer)
+            self._writer.flush()  # a run that is killed and resumed does not write it again
+        except OSError as error:
+            self._writer = None
+            self._say(
+                f"{self._tensorboard} can not be written: {error}. The training goes on; these "
+                "curves will lack the steps from here until there is room, metrics.jsonl will not.",
+                logging.ERROR,
+            )
 
     def _show_progress(self, step: int, values: Mapping[str, float]) -> None:
         if self._bar.disable:
@@ -284,22 +326,22 @@ def _drop_entries_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             logger.warning("%s: dropped line %d, which a crash cut short", path, number)
             break
         try:
             entry_step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            if not isinstance(entry_step, int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
                 f"{path}, line {number}, must be a JSON object with a step; got {line.strip()!r}. "
                 "Repair the line or remove it, then resume."
             ) from None
         if entry_step <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_durably(path, lambda file: file.write(b"".join(kept)))
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

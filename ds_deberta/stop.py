@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_deberta.distributed import logger, world_size
+from ds_deberta.distributed import has_launcher, logger, world_size
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Launchers repeat a signal, or send another on top: what comes so soon is still the first request.
@@ -98,7 +98,6 @@ class StopRequest:
         return self.signal != 0
 
     def _listen(self) -> None:
-        links = _links_to_launcher()
         while True:
             ready, _, _ = select.select([self._pipe[0]], [], [], 1.0)
             for number in os.read(self._pipe[0], 64) if ready else b"":
@@ -106,7 +105,7 @@ class StopRequest:
                     return
                 if number in self._old_handlers:
                     self._ask(number, signal.Signals(number).name)
-            if not self._asked and any(_parent(child) != parent for child, parent in links):
+            if not self._asked and any(_parent(child) != parent for child, parent in _LINKS):
                 self._ask(signal.SIGTERM, "the launcher is gone")
 
     def _ask(self, number: int, reason: str) -> None:
@@ -129,6 +128,8 @@ def _links_to_launcher() -> list[tuple[int, int]]:
         return [(os.getpid(), parent), (parent, _parent(parent))]
     if b"torchrun" in command or b"torch.distributed" in command:
         return [(os.getpid(), parent)]
+    if parent == 1 and has_launcher():
+        return [(os.getpid(), 0)]  # gone already
     return []
 
 
@@ -145,3 +146,7 @@ def _parent(process: int) -> int:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
+
+
+# Found when this process starts: a launcher that is killed before the training begins counts, too.
+_LINKS = _links_to_launcher()

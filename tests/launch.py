@@ -11,11 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run_ranks(script: Path, *args: str, world_size: int = 1, timeout: float = 300) -> None:
-    """Run `script` once per rank.
+def run_ranks(
+    script: Path, *args: str, world_size: int = 1, timeout: float = 300, status: int = 0
+) -> str:
+    """Run `script` once per rank; returns what they printed.
 
     Raises:
-        AssertionError: a rank failed, or they took longer than `timeout` seconds; with the output.
+        AssertionError: a rank ended with another status, or they took longer than `timeout`
+            seconds; with the output.
     """
     port = free_port()
     with tempfile.TemporaryFile("w+") as output:  # a pipe would fill up and stop its rank
@@ -39,13 +42,15 @@ def run_ranks(script: Path, *args: str, world_size: int = 1, timeout: float = 30
             for rank in range(world_size)
         ]
         try:
-            statuses = _wait(processes, time.monotonic() + timeout)
+            statuses = _wait(processes, time.monotonic() + timeout, {None, status})
         finally:
             for process in processes:
                 process.kill()  # nothing, for one that has ended
                 process.wait()
         output.seek(0)
-        assert statuses == [0] * world_size, f"{statuses}: {output.read()[-4000:]}"
+        printed = output.read()
+        assert statuses == [status] * world_size, f"{statuses}: {printed[-4000:]}"
+        return printed
 
 
 def free_port() -> int:
@@ -77,11 +82,13 @@ def clean_environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 
 
-def _wait(processes: list[subprocess.Popen], deadline: float) -> list[int | None]:
-    """Wait until all have ended, one has failed, or time is up; return their statuses."""
+def _wait(
+    processes: list[subprocess.Popen], deadline: float, expected: set[int | None]
+) -> list[int | None]:
+    """Wait until all have ended, one otherwise than expected, or time is up; return statuses."""
     while time.monotonic() < deadline:
         statuses = [process.poll() for process in processes]
-        if None not in statuses or any(statuses):
+        if None not in statuses or set(statuses) - expected:
             break
         time.sleep(0.1)
     return [process.poll() for process in processes]

@@ -1,8 +1,10 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from ds_deberta.data import Manifest
 from tests.launch import ROOT, run_ranks
 
 
@@ -13,9 +15,11 @@ def test_a_rank_with_other_code_data_or_configuration_is_named(
 ):
     other = tmp_path / "other"
     shutil.copytree(data_dir, other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["splits"][split]["shards"][0]["sha256"] = "0" * 64
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest.load(other)
+    first, *rest = manifest.splits[split].shards
+    shards = (replace(first, sha256="0" * 64), *rest)
+    splits = manifest.splits | {split: replace(manifest.splits[split], shards=shards)}
+    replace(manifest, splits=splits).save(other)
     flags = ["--objective", "mlm", "--model", str(tiny_model_file), "--data_dir", str(data_dir)]
     flags += ["--output_dir", str(tmp_path / "run")]
     run_ranks(ROOT / "tests/workers/agreement.py", json.dumps(flags), str(other), world_size=2)

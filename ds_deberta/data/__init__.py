@@ -13,6 +13,7 @@ from ds_deberta.data.shards import (
     ShardWriter,
     SplitInfo,
     TokenizerInfo,
+    find_damage,
     load_tokenizer,
 )
 from ds_deberta.data.tokenizer import DebertaTokenizer, SpecialTokens
@@ -29,6 +30,7 @@ __all__ = [
     "SpecialTokens",
     "SplitInfo",
     "TokenizerInfo",
+    "find_damage",
     "load_tokenizer",
     "permute",
 ]

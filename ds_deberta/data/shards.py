@@ -2,20 +2,21 @@
 
 A data folder holds
 
-    manifest.json            what the data is: vocabulary, row length, counts and hashes
+    manifest.json            what the data is: vocabulary, row length, counts, hashes
     spm.model                the vocabulary the rows were made with
     train/00000.arrow ...    rows; Arrow IPC files, uncompressed, one record batch with the one
     valid/00000.arrow ...    column `ids`: list<int32>, without [CLS], [SEP] or padding;
                              of packed data with [SEP] [CLS] between a row's documents
 
 Opening it costs a look at every shard's footer and nothing per row; a row is a slice of the map.
+`find_damage` reads all of it.
 """
 
 import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +31,8 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ROWS_PER_SHARD = 32_768  # 64 MiB of full rows of 512
 SCHEMA = pa.schema([pa.field("ids", pa.list_(pa.int32()))])
-CURE = "Prepare the data again with data_tools/prepare_data.py."
+CURE = "Prepare the data again with data_tools/prepare_data.py --overwrite."
+CHECKSUM = "sha256"  # in the manifest: of all its other fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +92,17 @@ class Manifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields["format_version"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path} is damaged: not a manifest. {CURE}") from None
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{path} must have format version {FORMAT_VERSION}; it has {version}. {CURE}"
+            )
+        if fields.pop(CHECKSUM, None) != checksum(fields):
+            raise ValueError(
+                f"{path} is damaged, or of an older version: it must have the {CHECKSUM} of its "
+                "other fields. Give the command that prepared the data once more: data_tools/"
+                "prepare_data.py writes the manifest anew where the shards are whole."
             )
         try:
             return _parse_manifest(fields)
@@ -103,8 +111,9 @@ class Manifest:
 
     def save(self, data_dir: Path) -> None:
         """Write the manifest; a crash leaves the old one or the new one, never half of it."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        _write_durably(Path(data_dir) / MANIFEST_FILE, lambda file: file.write(text.encode()))
+        fields = asdict(self)
+        text = json.dumps(fields | {CHECKSUM: checksum(fields)}, indent=2) + "\n"
+        write_durably(Path(data_dir) / MANIFEST_FILE, lambda file: file.write(text.encode()))
 
 
 class ShardWriter:
@@ -148,7 +157,7 @@ class ShardWriter:
             with pa.ipc.new_file(sink, SCHEMA) as writer:
                 writer.write_batch(pa.record_batch([ids], schema=SCHEMA))
 
-        _write_durably(path, write)
+        write_durably(path, write)
         self._shards.append(
             ShardInfo(
                 file=f"{self.folder.name}/{path.name}",
@@ -204,23 +213,47 @@ class ShardDataset:
 
     def verify(self) -> None:
         """Read every shard and compare its hash with the manifest's."""
-        for shard in self.shards:
-            path = self.data_dir / shard.file
+        if damage := find_damage(self.data_dir, self.shards):
+            raise ValueError("\n".join(damage))
+
+
+def find_damage(data_dir: Path, shards: Iterable[ShardInfo]) -> list[str]:
+    """Read shards to the end. Returns what is wrong with those that are not what was written."""
+    damage: list[str] = []
+    for shard in shards:
+        path = Path(data_dir) / shard.file
+        try:
+            size = path.stat().st_size
+            if size != shard.bytes:
+                damage.append(f"{path} must have {shard.bytes} bytes; it has {size}. {CURE}")
+                continue
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    raise ValueError(f"{path} is not what was written: its hash differs. {CURE}")
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            damage.append(f"shard {path} of {MANIFEST_FILE} is missing. {CURE}")
+        except OSError as error:
+            damage.append(f"{path} can not be read: {error.strerror}. {CURE}")
+        else:
+            if digest != shard.sha256:
+                damage.append(f"{path} is not what was written: its hash differs. {CURE}")
+    return damage
+
+
+def checksum(fields: Mapping[str, Any]) -> str:
+    """The sha256 of what JSON holds, however it is laid out."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(data_dir: Path) -> DebertaTokenizer:
     """Load the vocabulary that the data in `data_dir` was made with."""
     info = Manifest.load(data_dir).tokenizer
-    tokenizer = DebertaTokenizer(Path(data_dir) / info.file)
-    if (tokenizer.sha256, tokenizer.num_tokens) != (info.sha256, info.num_tokens):
+    path = Path(data_dir) / info.file
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != info.sha256:
         raise ValueError(
-            f"{tokenizer.vocab_file} must be the vocabulary that the data was made with, but its "
-            f"hash differs from the one in {MANIFEST_FILE}. Put the right one back. Else: {CURE}"
+            f"{path} must be the vocabulary that the data was made with, but its hash differs "
+            f"from the one in {MANIFEST_FILE}. Put the right one back. Else: {CURE}"
         )
-    return tokenizer
+    return DebertaTokenizer(path)
 
 
 def _parse_manifest(fields: dict[str, Any]) -> Manifest:
@@ -272,13 +305,21 @@ class _HashingSink:
         """Leave the file open: its owner still has to bring it to disk."""
 
 
-def _write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a temporary file, bring it to disk, and only then give it its name."""
+def write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a temporary file, bring it to disk, and only then give it its name.
+
+    Raises:
+        OSError: no room, or no right to write there; names the file, and leaves none of its own.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror or error}, while writing", str(path)) from None
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -1,8 +1,9 @@
 """The architecture of a model, under the names of a Hugging Face config.json."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -196,6 +197,11 @@ class DebertaConfig:
         given = {name: values[name] for name in known & values.keys()}
         given = MEANING_OF_ABSENT | given
         given["pos_att_type"] = _parse_terms(given["pos_att_type"])
+        hints = get_type_hints(cls)
+        for name, value in given.items():
+            kinds = get_args(hints[name]) or (hints[name],)
+            fits = name == "pos_att_type" or _is_of(value, kinds)
+            _require(fits, name, kinds[0].__name__, repr(value))
         config = cls(**given)
         fixed: dict[str, Any] = {
             "attention_head_size": config.head_size,
@@ -217,6 +223,15 @@ class DebertaConfig:
         return [name for name in values if name not in known]
 
 
+def _is_of(value: object, kinds: tuple[type, ...]) -> bool:
+    """True for a value of these types, as JSON has them: a whole number may stand for a float."""
+    if isinstance(value, bool):
+        return bool in kinds
+    if float in kinds:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kinds)
+
+
 def _require(holds: bool, name: str, rule: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{name} must be {rule}; got {got}. Change it in the model's config.")
@@ -225,5 +240,7 @@ def _require(holds: bool, name: str, rule: str, got: object) -> None:
 def _parse_terms(terms: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
     """Read pos_att_type as 'p2c|c2p', a list, 'none' or None; always in one order."""
     names = terms.split("|") if isinstance(terms, str) else terms or ()
+    is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    _require(is_list, "pos_att_type", "made of c2p and p2c, each once", repr(terms))
     names = [name.strip().lower() for name in names if name.strip().lower() != "none"]
     return tuple(sorted(names, reverse=True))

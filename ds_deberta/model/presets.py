@@ -68,7 +68,14 @@ def load_model_config(name_or_path: str | Path) -> DebertaConfig:
         raise ValueError(
             f"unknown model {name!r}; choose one of {names} or give a path to a config.json"
         )
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict) or not all(
+        isinstance(values.get(part, {}), dict) for part in ("discriminator", "generator")
+    ):
+        raise ValueError(f"{path} must hold a JSON object of an architecture's sizes")
     if "discriminator" not in values:
         return DebertaConfig.from_dict(values)
     discriminator = DebertaConfig.from_dict(values["discriminator"])

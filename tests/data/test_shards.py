@@ -98,12 +98,18 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
         Manifest.load(tmp_path)
 
 
-def test_a_manifest_of_before_there_was_packing_loads(data):
+@pytest.mark.parametrize("layout", ["as it was", "without"])
+def test_a_manifest_must_have_its_own_checksum(data, layout):
     path = data.folder / "manifest.json"
     fields = json.loads(path.read_text())
-    assert fields.pop("packed") is False
+    if layout == "without":
+        del fields["sha256"]
     path.write_text(json.dumps(fields))
-    assert Manifest.load(data.folder) == data.manifest
+    if layout == "as it was":
+        assert Manifest.load(data.folder) == data.manifest
+    else:
+        with pytest.raises(ValueError, match="damaged, or of an older version: it must have the"):
+            Manifest.load(data.folder)
 
 
 def test_another_format_version_is_refused(data):

@@ -13,7 +13,7 @@ import pytest
 
 from ds_deberta import agreement
 from ds_deberta.config import parse
-from ds_deberta.distributed import initialize, rank, shutdown, world_size
+from ds_deberta.distributed import initialize, place_on_node, rank, shutdown, world_size
 
 
 def check(run, kind: str, names: str) -> None:
@@ -31,10 +31,16 @@ if __name__ == "__main__":
     agreement.check_agreement(run, device)
 
     named = str(run.data.data_dir)
-    for folder in (other, other / "not-there"):
-        data = replace(run.data, data_dir=folder)
-        name = str(folder) if is_last else named
-        check(replace(run, data=data) if is_last else run, "data", name)
+    data = replace(run.data, data_dir=other)
+    check(replace(run, data=data) if is_last else run, "data", str(other) if is_last else named)
+    data = replace(run.data, data_dir=other / "not-there")
+    with pytest.raises(ValueError, match=r"not-there must be a folder of .* \(found by rank 1\)"):
+        agreement.check_agreement(replace(run, data=data) if is_last else run, device)
+
+    assert place_on_node(device) == (rank(), world_size())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: f"node{rank()}")
+        assert place_on_node(device) == (0, 1)
 
     optim = replace(run.optim, learning_rate=0.125)
     changed = replace(run, seed=99, optim=optim)
