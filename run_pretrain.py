@@ -13,6 +13,7 @@ import sys
 
 from ds_deberta import build
 from ds_deberta.agreement import check_agreement
+from ds_deberta.checkpoint import SaveError
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.data import load_tokenizer
 from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdown
@@ -30,7 +31,8 @@ def pretrain(run: PretrainConfig) -> int:
         (SIGTERM: 143, Ctrl-C: 130); all is saved then.
 
     Raises:
-        SystemExit: status 2, with a message, for what the user can mend.
+        SystemExit: with a message; status 2 for what the user can mend, 1 where the training
+            ended and its last checkpoint could not be written.
     """
     try:
         device = initialize(run.seed, expect_world_size=run.expect_world_size)
@@ -52,18 +54,24 @@ def pretrain(run: PretrainConfig) -> int:
 
     was_complete = state.step >= run.train.num_training_steps
     with StopRequest() as stop:
-        train(
-            objective,
-            train_batches,
-            valid_batches,
-            state,
-            checkpointer,
-            metrics,
-            run.train,
-            stop,
-            tokenizer=tokenizer,
-            device=device,
-        )
+        try:
+            train(
+                objective,
+                train_batches,
+                valid_batches,
+                state,
+                checkpointer,
+                metrics,
+                run.train,
+                stop,
+                seed=run.seed,
+                tokenizer=tokenizer,
+                device=device,
+            )
+        except SaveError as error:
+            if is_main():
+                sys.stderr.write(f"run_pretrain.py: {error}\n")
+            raise SystemExit(1) from None
     metrics.close()
     if stop.signal:
         logger.info("stopped after step %d; the same command goes on from there", state.step)
@@ -77,9 +85,8 @@ def pretrain(run: PretrainConfig) -> int:
             aside = export.with_suffix(".tmp")
             for old in (aside, export):
                 shutil.rmtree(old, ignore_errors=True)
-            last = checkpointer.latest()
-            assert last is not None  # the last step was saved
-            export_checkpoint(last, aside)
+            assert checkpointer.current is not None  # the last step was saved
+            export_checkpoint(checkpointer.current, aside)
             aside.rename(export)
         logger.info("the models, for transformers' AutoModel: %s", export)
         logger.info("the curves: tensorboard --logdir %s", run.output_dir / "tensorboard")

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_deberta.checkpoint import Checkpointer, TrainState
+from ds_deberta.checkpoint import Checkpointer, SaveError, TrainState
 from ds_deberta.data import DebertaTokenizer
 from ds_deberta.data.loader import Batch
+from ds_deberta.distributed import logger, seed_step
 from ds_deberta.metrics import MetricTracker, reduce_metrics
 from ds_deberta.objectives import Metrics, Objective
 from ds_deberta.stop import StopRequest
@@ -74,12 +75,17 @@ def train(
     config: TrainConfig,
     stop: StopRequest,
     *,
+    seed: int,
     tokenizer: DebertaTokenizer,
     device: torch.device,
 ) -> None:
     """Train until `num_training_steps`, logging, evaluating and saving on the way.
 
-    Ends earlier, with a checkpoint, if `stop` is agreed on.
+    Ends earlier, with a checkpoint, if `stop` is agreed on. Dropout is a function of seed and step.
+
+    Raises:
+        SaveError: the last checkpoint could not be written. (One on the way is tried again at the
+            next interval.)
     """
     total_steps = config.num_training_steps
     eval_interval = config.eval_interval or config.dump_interval
@@ -95,6 +101,7 @@ def train(
     while state.step < total_steps and not stop.signal:
         with metrics.waiting_for_data():
             micro_batches = [batch.to(device) for batch in next(train_batches)]
+        seed_step(seed, state.step)
         metrics.update(objective.train_step(micro_batches))
         state.step += 1
         state.consumed_samples += config.train_batch_size
@@ -110,7 +117,12 @@ def train(
                 evaluate_now()
                 stopping = stop.agreed(now=True)
             if saving or stopping:
-                checkpointer.save(state, objective.engines)
+                try:
+                    checkpointer.save(state, objective.engines)
+                except SaveError as error:
+                    if last or stopping:
+                        raise
+                    logger.warning("%s; training goes on, and saves again at the next time", error)
             if saving and not stopping:
                 stop.agreed(now=True)
 
