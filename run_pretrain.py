@@ -13,6 +13,7 @@ import sys
 
 from ds_deberta import build
 from ds_deberta.agreement import check_agreement, check_data
+from ds_deberta.checkpoint import SaveError
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.data import load_tokenizer
 from ds_deberta.data.sampler import SkippedSamples
@@ -34,12 +35,13 @@ def pretrain(run: PretrainConfig) -> int:
         (SIGTERM: 143, Ctrl-C: 130); all is saved then. 1 if going on would be a waste.
 
     Raises:
-        SystemExit: status 2, with a message, for what the user can mend.
+        SystemExit: with a message; status 2 for what the user can mend, 1 where the training
+            ended and its last checkpoint could not be written.
     """
     try:
         device = initialize(run.seed, expect_world_size=run.expect_world_size)
-        check_agreement(run, device)
-        check_data(run.data.data_dir, device)
+        check_agreement(run)
+        check_data(run.data.data_dir)
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(
             tokenizer.vocab_file
@@ -72,11 +74,12 @@ def pretrain(run: PretrainConfig) -> int:
                 health,
                 stop,
                 watchdog,
+                seed=run.seed,
                 skipped=SkippedSamples(run.data.skip_samples),
                 tokenizer=tokenizer,
                 device=device,
             )
-        except TrainingLostError as error:
+        except (TrainingLostError, SaveError) as error:
             lost = error
     metrics.close()
     if lost:
@@ -96,9 +99,8 @@ def pretrain(run: PretrainConfig) -> int:
             aside = export.with_suffix(".tmp")
             for old in (aside, export):
                 shutil.rmtree(old, ignore_errors=True)
-            last = checkpointer.latest()
-            assert last is not None  # the last step was saved
-            export_checkpoint(last, aside)
+            assert checkpointer.current is not None  # the last step was saved
+            export_checkpoint(checkpointer.current, aside)
             aside.rename(export)
         logger.info("the models, for transformers' AutoModel: %s", export)
         logger.info("the curves: tensorboard --logdir %s", run.output_dir / "tensorboard")

@@ -12,14 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar, cast
 
-import torch
-
 from ds_deberta import __version__
 from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, find_damage, load_tokenizer
 from ds_deberta.distributed import (
-    gather_across_ranks,
-    gather_texts,
+    gather_objects,
     logger,
     place_on_node,
     world_size,
@@ -31,7 +28,7 @@ _NAMED = 3  # damaged files
 _PLACES = ("data_dir",)  # may differ, for what is there is compared
 
 
-def check_agreement(run: PretrainConfig, device: torch.device) -> None:
+def check_agreement(run: PretrainConfig) -> None:
     """Compare this rank's code, data and configuration with the others'.
 
     Raises:
@@ -39,27 +36,27 @@ def check_agreement(run: PretrainConfig, device: torch.device) -> None:
     """
     code = {"ds_deberta": __version__} | {name: version(name) for name in ("torch", "deepspeed")}
     code["the files of ds_deberta"] = _hash_code()
-    check_same("code", code, device)
-    manifest = on_all_ranks(lambda: Manifest.load(run.data.data_dir), device)
+    check_same("code", code)
+    manifest = on_all_ranks(lambda: Manifest.load(run.data.data_dir))
     data = " ".join(f"{name} {data_fingerprint(manifest, name)}" for name in manifest.splits)
-    check_same("data", {str(run.data.data_dir): data}, device)
+    check_same("data", {str(run.data.data_dir): data})
     settings = {k: str(v) for k, v in json.loads(run.to_json()).items() if k not in _PLACES}
     for name in ("model", "deepspeed_config"):
         file = Path(settings[name])
         settings[name] = _hash(file.read_bytes()) if file.is_file() else settings[name]
-    check_same("configuration", settings, device)
+    check_same("configuration", settings)
 
 
-def check_data(data_dir: Path, device: torch.device) -> None:
+def check_data(data_dir: Path) -> None:
     """Read all data against their hashes, once on every node, its processes a share each.
 
     Raises:
         ValueError: on every rank, if a file is missing or not what was written; names it.
     """
     started = time.perf_counter()
-    manifest = on_all_ranks(lambda: Manifest.load(data_dir), device)
+    manifest = on_all_ranks(lambda: Manifest.load(data_dir))
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    number, of = place_on_node(device)
+    number, of = place_on_node()
 
     def read_share() -> None:
         load_tokenizer(data_dir)
@@ -68,7 +65,7 @@ def check_data(data_dir: Path, device: torch.device) -> None:
             more = f"\n... and {len(damage) - _NAMED} more" if len(damage) > _NAMED else ""
             raise ValueError("\n".join(damage[:_NAMED]) + more)
 
-    on_all_ranks(read_share, device)
+    on_all_ranks(read_share)
     seconds, gigabytes = time.perf_counter() - started, sum(s.bytes for s in shards) / 1e9
     logger.info(
         "verified %d shards, %.3g GB, in %.1f s; %d processes of each node shared them",
@@ -76,7 +73,7 @@ def check_data(data_dir: Path, device: torch.device) -> None:
     )
 
 
-def on_all_ranks(act: Callable[[], T], device: torch.device) -> T:
+def on_all_ranks(act: Callable[[], T]) -> T:
     """Act on every rank; where one fails, let all of them fail alike.
 
     Raises:
@@ -88,7 +85,7 @@ def on_all_ranks(act: Callable[[], T], device: torch.device) -> T:
     except (ValueError, OSError) as error:
         problem = str(error)
     by_text: dict[str, list[str]] = {}
-    for number, text in enumerate(gather_texts(problem, device)):
+    for number, text in enumerate(gather_objects(problem)):
         by_text.setdefault(text, []).append(str(number))
     by_text.pop("", None)
     if by_text:
@@ -101,21 +98,23 @@ def on_all_ranks(act: Callable[[], T], device: torch.device) -> T:
     return cast(T, result)
 
 
-def check_same(kind: str, facts: Mapping[str, str], device: torch.device) -> None:
+def check_same(kind: str, facts: Mapping[str, str]) -> None:
     """Compare facts by name, the same names on every rank.
 
     Raises:
         ValueError: on every rank, if one differs.
     """
-    short = [int(_hash(value.encode())[:15], 16) for value in facts.values()]
-    mine = torch.tensor(short, device=device)
-    table = gather_across_ranks(mine).view(world_size(), -1).cpu()
-    different = table != table[0]
-    if different.any():
-        ranks = ", ".join(str(i) for i, row in enumerate(different) if row.any())
-        names = ", ".join(name for name, i in zip(facts, different.any(0), strict=True) if i)
+    first, *_ = everyone = gather_objects(list(facts.values()))
+    ranks = [str(i) for i, values in enumerate(everyone) if values != first]
+    if ranks:
+        names = [
+            name
+            for name, values in zip(facts, zip(*everyone, strict=True), strict=True)
+            if len(set(values)) > 1
+        ]
         raise ValueError(
-            f"{kind} must be the same on all ranks; other than on rank 0 on rank {ranks}: {names}"
+            f"{kind} must be the same on all ranks; other than on rank 0 on rank "
+            f"{', '.join(ranks)}: {', '.join(names)}"
         )
 
 

@@ -14,13 +14,13 @@ from ds_deberta.config import ModelConfig, PretrainConfig
 from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, loader
 from ds_deberta.data.loader import Batch
 from ds_deberta.data.sampler import SkippedSamples
-from ds_deberta.distributed import is_main, logger, rank, seed_rank, world_size
+from ds_deberta.distributed import is_main, logger, rank, world_size
 from ds_deberta.engine import (
     DeepSpeedFacts,
+    describe,
     initialize_engine,
     load_ds_config,
     precision,
-    zero_stage,
 )
 from ds_deberta.health import Health
 from ds_deberta.kernels import AttentionFn, select_attention
@@ -79,7 +79,6 @@ def build_objective(
         )
         for name, model in build_models(run, configs, attend).items()
     }
-    seed_rank(run.seed)
     if run.objective == "mlm":
         return MLMObjective(engines["model"])
     return RTDObjective(
@@ -260,7 +259,8 @@ def build_checkpointer(
     """Checkpoints that know what they may be resumed with.
 
     Raises:
-        ValueError: `--resume never` where there are checkpoints already.
+        ValueError: `--resume never` where there are checkpoints already; `--accept_changes` of
+            what can not change.
     """
     configs = model_configs(run, tokenizer)
     ds_config = next(iter(build_ds_configs(run, configs).values()))
@@ -277,16 +277,15 @@ def build_checkpointer(
         "max_ngram": run.data.max_ngram,
         "mask_prob": run.data.mask_prob,
         "data": data_fingerprint(Manifest.load(run.data.data_dir)),
-        "world_size": world_size(),
-        "zero_stage": zero_stage(ds_config),
-        "precision": str(precision(ds_config)),
     } | {name: value for name, value in optim.items() if name not in _MAY_CHANGE}
     checkpointer = Checkpointer(
         run.output_dir,
         keep=run.train.keep_checkpoints,
         identity=identity,
+        placement={"world size": world_size()} | describe(ds_config),
         contents={"models": models, "embedding_sharing": sharing},
         vocab_file=tokenizer.vocab_file,
+        accept_changes=run.accept_changes,
     )
     if run.resume == "never" and (latest := checkpointer.latest()):
         raise ValueError(

@@ -1,28 +1,44 @@
 """Checkpoints: everything a training needs to go on as if it had never stopped.
 
     checkpoints/step_0000100/
-        checkpoint.json            what it holds, and what it must be resumed with
+        checkpoint.json            what it holds: settings, counters, every file's size and sha256
         spm.model                  the vocabulary
-        generator/ discriminator/  (or model/) weights, optimizer and schedule, by DeepSpeed
-        random/rank_00000.pt       random states of each rank
+        generator/ discriminator/  (or model/) weights and optimizer state, see model_state.py
 
-A checkpoint is written aside and renamed when all of it is there, both models in one commit.
+It fits any number of processes, ZeRO stage and precision. It is written aside, brought to the disk
+and renamed when all of it is there; all ranks do that together, or none. Nothing random is in it:
+order, masks and samples are functions of the seed and a sample's number, dropout of seed and step.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
-import torch
+from ds_deberta.distributed import gather_objects, is_main, logger, rank, world_size
+from ds_deberta.model_state import (
+    WEIGHTS,
+    ModelState,
+    read_shards,
+    sha256,
+    sync_folder,
+    write_shard,
+)
 
-from ds_deberta.distributed import barrier, is_main, logger, rank
-
-FORMAT_VERSION = 1
-_FOLDERS = f"step_{'[0-9]' * 7}"
+FORMAT_VERSION = 2
+FIXED = ("objective", "models", "embedding_sharing")
+"""Settings of a run that can not change on the way."""
+_NAME = re.compile(r"step_\d{7,}")
+_ASIDE = re.compile(r"step_\d{7,}(\.old)?\.tmp")
+_T = TypeVar("_T")
+_STATES_OF_ADAM = 3  # the weights and two moments
 
 
 @dataclass
@@ -40,13 +56,21 @@ class TrainState:
 class Saveable(Protocol):
     """An engine, as far as a checkpoint needs it."""
 
-    def save(self, folder: Path) -> None:
-        """Write everything to a folder."""
+    def state(self) -> ModelState:
+        """Describe what has been trained."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Take everything from a folder."""
+    def restore(self, state: ModelState) -> None:
+        """Go on from such a state."""
         ...
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written, on all ranks; the older ones are as they were."""
+
+
+class DamageError(ValueError):
+    """A checkpoint is not as it was written."""
 
 
 class Checkpointer:
@@ -56,8 +80,13 @@ class Checkpointer:
         output_dir: the run's folder.
         keep: how many checkpoints to keep, newest first; 0 keeps all.
         identity: facts that a resumed run must share with the one that saved, name -> value.
+        placement: facts that may be others, and are only told: ranks, stage, precision.
         contents: facts to write down beside them (model configurations and the like).
         vocab_file: the sentencepiece model to copy into each checkpoint.
+        accept_changes: names of the identity that may have changed all the same.
+
+    Raises:
+        ValueError: `accept_changes` names what can not change.
     """
 
     def __init__(
@@ -66,87 +95,212 @@ class Checkpointer:
         *,
         keep: int,
         identity: Mapping[str, Any],
+        placement: Mapping[str, Any],
         contents: Mapping[str, Any],
         vocab_file: Path,
+        accept_changes: Collection[str] = (),
     ) -> None:
         self._folder = output_dir / "checkpoints"
         self._keep = keep
         # Through JSON and back: compared as it will be read.
         self._identity = json.loads(json.dumps(identity))
+        self._placement = json.loads(json.dumps(placement))
         self._contents = contents
         self._vocab_file = vocab_file
+        self._accepted = accept_changes
+        self.current: Path | None = None
+        """The checkpoint that was written, or resumed from, last."""
+        changeable = sorted(self._identity.keys() - set(FIXED))
+        if wrong := sorted(set(accept_changes) - set(changeable)):
+            raise ValueError(
+                f"accept_changes can be any of {', '.join(changeable)}; got {', '.join(wrong)}"
+            )
 
     def save(self, state: TrainState, engines: Mapping[str, Saveable]) -> Path:
-        """Write a checkpoint of this step. Every rank must call it."""
+        """Write a checkpoint of this step. Every rank must call it.
+
+        Raises:
+            SaveError: on every rank, if one could not write.
+        """
         final = self._folder / f"step_{state.step:07d}"
         aside = final.with_suffix(".tmp")
-        if is_main():
-            shutil.rmtree(aside, ignore_errors=True)  # left by a run that died while saving
-            (aside / "random").mkdir(parents=True)
-        barrier()
-        for name, engine in engines.items():
-            engine.save(aside / name)
-        torch.save(_random_states(), aside / "random" / f"rank_{rank():05d}.pt")
-        if is_main():
-            shutil.copyfile(self._vocab_file, aside / "spm.model")
-            description = {
-                "format_version": FORMAT_VERSION,
-                **asdict(state),
-                "identity": self._identity,
-                **self._contents,
-            }
-            (aside / "checkpoint.json").write_text(json.dumps(description, indent=2) + "\n")
-        barrier()
-        if is_main():
-            shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a resume
-            os.rename(aside, final)
-            self._rotate()
-        barrier()
+        states = {name: engine.state() for name, engine in engines.items()}
+        try:
+            _together(lambda: self._begin(aside, states) if is_main() else None)
+            files: dict[str, Any] = {}
+            for name, model in states.items():
+                write = partial(write_shard, rank=rank(), world_size=world_size())
+                for shard in _together(partial(write, model, aside / name)):
+                    files |= {f"{name}/{file}": facts for file, facts in shard.items()}
+            numbers = {name: model.numbers for name, model in states.items()}
+            _together(
+                lambda: self._commit(aside, final, state, files, numbers) if is_main() else None
+            )
+        except SaveError as error:
+            if is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+            raise SaveError(f"{final} could not be written: {error}") from None
+        self.current = final
         logger.info("saved %s", final)
         return final
 
     def resume(self, engines: Mapping[str, Saveable]) -> TrainState:
-        """Go on from the newest checkpoint, or from the start where there is none.
+        """Go on from the newest checkpoint that is whole, or from the start where there is none.
+
+        Every rank must call it.
 
         Raises:
-            ValueError: the checkpoint belongs to a training with other settings.
+            ValueError: the checkpoint belongs to a training with other settings; or there are
+                checkpoints, but none is whole.
         """
-        latest = self.latest()
-        if latest is None:
+        if is_main():
+            self._sweep()
+        chosen = self._choose()
+        if chosen is None:
+            self._warn_of_little_space(engines)
             return TrainState()
-        description = read_description(latest)
-        self._check_identity(latest, description["identity"])
+        path, description = chosen
+        changed = self._check_identity(path, description["identity"])
         for name, engine in engines.items():
-            engine.load(latest / name)
-        _restore_random_states(torch.load(latest / "random" / f"rank_{rank():05d}.pt"))
-        state = TrainState(
-            description["step"],
-            description["consumed_samples"],
-            description.get("evaluation_pending", False),
+            engine.restore(read_shards(path / name, description["numbers"][name]))
+        state = TrainState(**description["state"])
+        was, now = description["placement"], self._placement
+        differing = [name for name in now if was.get(name) != now[name]]
+        moved = (
+            f", saved with {_listed(was, differing)}; now with {_listed(now, differing)}"
+            if differing
+            else ""
         )
-        logger.info("resumed from %s", latest)
+        logger.info("resumed from %s%s", path, moved)
+        for change in changed.values():
+            logger.info("accepted: %s", change)
+        if "data" in changed:
+            logger.info("other data: they are read from their first row on")
+            state.consumed_samples = 0
+        self.current = path
+        self._warn_of_little_space(engines)
         return state
 
     def latest(self) -> Path | None:
-        """The newest checkpoint of this run, if there is one."""
-        return max(self._folder.glob(_FOLDERS), default=None)
+        """The newest checkpoint of this run, whole or not, if there is one."""
+        return next(iter(self._saved()), None)
 
-    def _check_identity(self, path: Path, saved: Mapping[str, Any]) -> None:
-        different = [
-            f"{name}: {saved.get(name)!r} then, {self._identity.get(name)!r} now"
-            for name in sorted(saved.keys() | self._identity.keys())
-            if saved.get(name) != self._identity.get(name)
-        ]
-        if different:
-            raise ValueError(
-                f"{path} was saved with other settings ({'; '.join(different)}). Resume with the "
-                "same ones, or start a new run with another --output_dir."
+    def _saved(self) -> list[Path]:
+        """All checkpoints, newest first."""
+        names = os.listdir(self._folder) if self._folder.is_dir() else []
+        found = [self._folder / name for name in names if _NAME.fullmatch(name)]
+        return sorted(found, key=_step, reverse=True)
+
+    def _begin(self, aside: Path, states: Mapping[str, ModelState]) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        for name in states:
+            (aside / name).mkdir(parents=True)
+        needed = sum(state.num_bytes() for state in states.values())
+        free = shutil.disk_usage(aside).free
+        if free < needed:
+            raise OSError(
+                f"it takes {_gib(needed)}, and {_gib(free)} are free in {self._folder}; make room, "
+                "or keep fewer (--keep_checkpoints)"
             )
 
-    def _rotate(self) -> None:
-        if self._keep:
-            for old in sorted(self._folder.glob(_FOLDERS))[: -self._keep]:
-                shutil.rmtree(old)
+    def _commit(
+        self,
+        aside: Path,
+        final: Path,
+        state: TrainState,
+        files: Mapping[str, Any],
+        numbers: Mapping[str, Any],
+    ) -> None:
+        """Describe what is there, and make it the checkpoint of its step in one rename."""
+        content = self._vocab_file.read_bytes()
+        _write(aside / "spm.model", content)
+        vocabulary = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        description = {
+            "format_version": FORMAT_VERSION,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "state": asdict(state),
+            "identity": self._identity,
+            "placement": self._placement,
+            **self._contents,
+            "numbers": numbers,
+            "files": {**files, "spm.model": vocabulary},
+        }
+        description = json.loads(json.dumps(description))  # hashed as it will be read
+        description["sha256"] = _digest(description)
+        _write(aside / "checkpoint.json", (json.dumps(description, indent=1) + "\n").encode())
+        for folder in (*(aside / name for name in numbers), aside):
+            sync_folder(folder)
+        old = final.with_suffix(".old.tmp")
+        if final.exists():  # passed over at a resume, as damaged
+            os.rename(final, old)
+        os.rename(aside, final)
+        sync_folder(self._folder)
+        # Those of later steps were passed over at a resume: they do not count.
+        whole = [path for path in self._saved() if _step(path) <= state.step]
+        shutil.rmtree(old, ignore_errors=True)
+        for path in whole[self._keep :] if self._keep else []:
+            _remove(path)
+
+    def _sweep(self) -> None:
+        """Remove what runs that died while saving have left."""
+        for path in self._folder.glob("step_*.tmp"):
+            if _ASIDE.fullmatch(path.name):
+                logger.info("removed %s, which a run left unfinished", path)
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _choose(self) -> tuple[Path, dict[str, Any]] | None:
+        """Find the newest checkpoint that is whole: rank 0 looks, and all check its files."""
+        problems = []
+        for path in gather_objects(self._saved() if is_main() else [])[0]:
+            found = gather_objects(_try_to_read(path) if is_main() else {})[0]
+            if isinstance(found, DamageError):
+                damage = str(found)
+            elif isinstance(found, ValueError):
+                raise found
+            elif (damage := _find_damage(path, found)) is None:
+                return path, found
+            problems.append(damage)
+            logger.warning("%s is passed over: %s", path, damage)
+        if not problems:
+            return None
+        raise ValueError(
+            f"no checkpoint in {self._folder} is whole ({'; '.join(problems)}). Bring one back "
+            "from a copy; or, to start from step 0, move that folder away or choose another "
+            "--output_dir"
+        )
+
+    def _check_identity(self, path: Path, saved: Mapping[str, Any]) -> dict[str, str]:
+        """Return the accepted changes, name -> text."""
+        different = {
+            name: "; ".join(_differences(name, saved.get(name), self._identity.get(name)))
+            for name in sorted(saved.keys() | self._identity.keys())
+            if saved.get(name) != self._identity.get(name)
+        }
+        refused = [name for name in different if name not in self._accepted]
+        if not refused:
+            return different
+        changeable = [name for name in refused if name not in FIXED]
+        advice = f"--accept_changes {' '.join(changeable)}" if changeable == refused else ""
+        raise ValueError(
+            f"{path} was saved with other settings ({'; '.join(different[n] for n in refused)}). "
+            "Resume with the same ones, "
+            + (f"go on with the new ones by {advice}, " if advice else "")
+            + "or start a new run with another --output_dir."
+        )
+
+    def _warn_of_little_space(self, engines: Mapping[str, Saveable]) -> None:
+        """Tell at the start what would fail hours later."""
+        if not is_main():
+            return
+        place = next(p for p in (self._folder, *self._folder.parents) if p.exists())
+        weights = sum(engine.state().num_bytes(WEIGHTS) for engine in engines.values())
+        needed = weights * _STATES_OF_ADAM
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            logger.warning(
+                "%s are free in %s, and a checkpoint takes about %s: make room before the first",
+                *(_gib(free), place, _gib(needed)),
+            )
 
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
@@ -154,28 +308,124 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: not a checkpoint, or one of another format version.
+        DamageError: it is not what was written.
     """
     file = checkpoint / "checkpoint.json"
     if not file.is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint: it holds no checkpoint.json")
-    description = json.loads(file.read_text())
-    if description.get("format_version") != FORMAT_VERSION:
+        raise DamageError(f"{checkpoint} is no checkpoint: it holds no checkpoint.json")
+    try:
+        description = json.loads(file.read_bytes())
+        is_whole = description.get("sha256") == _digest(description)
+    except (ValueError, AttributeError):
+        raise DamageError(f"{file} is damaged: it is no JSON") from None
+    version = description.get("format_version")
+    if "sha256" in description and not is_whole:
+        raise DamageError(f"{file} is damaged: it has another sha256 than it says")
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format version {description.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}"
+            f"{file} has format version {version}, this program reads {FORMAT_VERSION}. Go on with "
+            "the version of this program that wrote it, or start anew in another --output_dir"
         )
+    if not is_whole:
+        raise DamageError(f"{file} is damaged: it lacks its sha256")
     return description
 
 
-def _random_states() -> dict[str, torch.Tensor]:
-    """Torch's generators: dropout's. Masks, order and samples need none, see data/loader.py."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def check_files(checkpoint: Path, files: Mapping[str, Any]) -> None:
+    """Compare files with what checkpoint.json says of them.
+
+    Args:
+        checkpoint: a checkpoint's folder.
+        files: of its description, all or some of them.
+
+    Raises:
+        DamageError: one is missing or another; named.
+    """
+    for name, facts in files.items():
+        file = checkpoint / name
+        try:
+            size = file.stat().st_size
+            if size != facts["size"]:
+                raise DamageError(f"{file} has {size} bytes, and had {facts['size']}")
+            if sha256(file) != facts["sha256"]:
+                raise DamageError(f"{file} has another sha256 than when it was written")
+        except OSError as error:
+            raise DamageError(f"{file} can not be read: {error.strerror}") from None
 
 
-def _restore_random_states(states: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+def _together(action: Callable[[], _T]) -> list[_T]:
+    """Do something on every rank; return what it gave, by rank.
+
+    Raises:
+        SaveError: on every rank, if it failed on one.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except OSError as error:
+        problem = f"{error} (rank {rank()})"
+    outcomes = gather_objects((result, problem))
+    if problems := [problem for _, problem in outcomes if problem]:
+        raise SaveError("; ".join(problems))
+    return [cast(_T, result) for result, _ in outcomes]
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, such that no kill leaves half of it under its name."""
+    aside = path.with_suffix(".old.tmp")
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", path, error.strerror)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _find_damage(path: Path, description: Mapping[str, Any]) -> str | None:
+    """Check a checkpoint's files, each on one rank; return what is wrong, the same on all."""
+    mine = sorted(description["files"])[rank() :: world_size()]
+    damage = None
+    try:
+        check_files(path, {name: description["files"][name] for name in mine})
+    except DamageError as error:
+        damage = str(error)
+    return next((found for found in gather_objects(damage) if found), None)
+
+
+def _try_to_read(path: Path) -> dict[str, Any] | ValueError:
+    try:
+        return read_description(path)
+    except ValueError as error:
+        return error
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in description.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _differences(name: str, then: Any, now: Any) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key):
+                yield from _differences(f"{name}.{key}", then.get(key), now.get(key))
+    else:
+        yield f"{name}: {then!r} then, {now!r} now"
+
+
+def _listed(facts: Mapping[str, Any], names: Collection[str]) -> str:
+    return ", ".join(f"{name} {facts.get(name)}" for name in names)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

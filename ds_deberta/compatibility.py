@@ -82,9 +82,6 @@ def source_config(source: Source, role: Role, like: DebertaConfig) -> DebertaCon
         role: what it is to be.
         like: says the rest, where no config lies beside the tensors.
     """
-    if source.files[0].is_dir():  # a checkpoint of ours
-        assert source.config is not None
-        return DebertaConfig.from_dict(source.config)
     shapes = public_names(read_weights(source, shapes_only=True), role=role, num_heads=1)
     if role == "generator" and any(name.startswith("mask_predictions.") for name in shapes):
         raise ValueError(

@@ -99,6 +99,9 @@ class PretrainConfig:
     """Of weights, order, masks, samples and dropout."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in --output_dir, if any; never: refuse if any."""
+    accept_changes: tuple[str, ...] = ()
+    """Settings that may be others than in the checkpoint (its error names them): data,
+    train_batch_size, ...; other data are read from their first row on."""
     expect_world_size: int | None = None
     """Refuse to start with another number of processes."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -207,6 +210,10 @@ def _build(config_type: Any, values: dict[str, Any]) -> Any:
 def _convert(name: str, kind: Any, value: Any) -> Any:
     """A value from the command line, a recipe or a JSON file as the field's own type."""
     options = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} must be a list of names; got {value!r}")
+        return tuple(_convert(name, options[0], each) for each in value)
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _convert(name, options[0], value)
     if typing.get_origin(kind) is Literal:
@@ -269,12 +276,16 @@ def _add_flags(parser: argparse.ArgumentParser, config_type: Any) -> None:
             nested.append(kind)
             continue
         text = texts[name].replace("%", "%%")
-        if default not in (dataclasses.MISSING, None):
+        if default not in (dataclasses.MISSING, None, ()):
             text += f" (default: {default})"
         choices = ", ".join(typing.get_args(kind)) if typing.get_origin(kind) is Literal else None
         metavar = f"{{{choices}}}" if choices else getattr(kind, "__name__", "VALUE").upper()
+        is_list = typing.get_origin(kind) is tuple
+        more: dict[str, Any] = (
+            {"nargs": "+", "metavar": "NAME"} if is_list else {"metavar": metavar}
+        )
         # Values stay strings here: the recipe's and the file's go through the same conversion.
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, metavar=metavar)
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **more)
     for kind in nested:
         _add_flags(parser, kind)
 

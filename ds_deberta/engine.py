@@ -25,12 +25,11 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402 - the accelerator and the log level must be set before
 import deepspeed.ops  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
-from deepspeed.utils.zero_to_fp32 import (  # noqa: E402
-    get_fp32_state_dict_from_zero_checkpoint,
-)
 
 from ds_deberta.distributed import world_size  # noqa: E402
+from ds_deberta.model_state import ModelState  # noqa: E402
 from ds_deberta.optim import OptimConfig, build_optimizer, lr_factor, param_groups  # noqa: E402
+from ds_deberta.zero_state import read_state, write_state  # noqa: E402
 
 deepspeed_logger.setLevel(logging.ERROR)
 if deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm") and not torch.cuda.is_available():
@@ -76,12 +75,7 @@ _OWNED_KEYS = {  # what DeepSpeed knows but the command line decides
     "compile": "nothing yet: compiled engines are not supported",
     "amp": "bf16 or fp16",
 }
-_CLASSES_IN_CHECKPOINTS = {  # of DeepSpeed, which reads them by pickle
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
+_OFFLOADED = ("optimizer", "param")
 # Elements sent at once. Smaller ones cost more in latency than they hide.
 _SMALLEST_BUCKET = 2**20
 
@@ -169,6 +163,7 @@ def load_ds_config(path: Path, facts: DeepSpeedFacts) -> dict[str, Any]:
         config["zero_force_ds_cpu_optimizer"] = False
     _check_precision(path, config)
     _check_skipping(path, config)
+    _check_offload(path, config)
     return config
 
 
@@ -185,6 +180,20 @@ def precision(config: Mapping[str, Any]) -> torch.dtype:
     if config.get("torch_autocast", {}).get("enabled"):
         return getattr(torch, config["torch_autocast"].get("dtype", "bfloat16"))
     return torch.float32
+
+
+def describe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed configuration says of where and how a model is kept, for people."""
+    name = str(precision(config)).removeprefix("torch.")
+    if config.get("torch_autocast", {}).get("enabled"):
+        name = f"float32 with autocast to {name}"
+    zero = config.get("zero_optimization", {})
+    offload = {part: zero.get(f"offload_{part}", {}).get("device", "none") for part in _OFFLOADED}
+    return {
+        "ZeRO stage": zero_stage(config),
+        "precision": name,
+        **{f"{part} offload": device for part, device in offload.items()},
+    }
 
 
 class Engine:
@@ -251,13 +260,14 @@ class Engine:
             stats["loss_scale"] = float(self._engine.loss_scale())
         return stats
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule to `folder`. Every rank must call it."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    def state(self) -> ModelState:
+        """Weights, optimizer and schedule, to be written or compared."""
+        return read_state(self._engine)
 
-    def load(self, folder: Path) -> None:
-        """Take weights, optimizer and schedule from a `folder` written by `save`."""
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    def restore(self, state: ModelState) -> None:
+        """Go on from a state, of whatever stage and world size. Every rank must call it."""
+        with _quiet():
+            write_state(self._engine, state)
 
 
 def initialize_engine(
@@ -312,33 +322,6 @@ def initialize_engine(
         optimizer: Any = engine.optimizer
         optimizer.loss_scaler.raise_error_at_min_scale = False
     return Engine(engine, clip=clip)
-
-
-def consolidated_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a model saved by `Engine.save`, in fp32, on the CPU.
-
-    The fp32 masters where training ran in bf16 or fp16 under ZeRO 1-3; without ZeRO the weights
-    as they were trained.
-
-    Raises:
-        ValueError: a file holds what a checkpoint of ours does not, and would run it when read.
-    """
-    for file in folder.glob("*.pt"):
-        found = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-        if strange := sorted(found - _CLASSES_IN_CHECKPOINTS):
-            raise ValueError(
-                f"{file} is refused: reading it would run {', '.join(strange)}, which no "
-                "checkpoint of this program needs"
-            )
-    if any(folder.glob("*optim_states.pt")):
-        with _quiet():
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        assert weights is not None
-        return {name: weight.float() for name, weight in weights.items()}
-    states = torch.load(
-        folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
-    )
-    return {name: weight.float() for name, weight in states["module"].items()}
 
 
 @contextlib.contextmanager
@@ -408,6 +391,16 @@ def _check_skipping(path: Path, config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{path} sets {place} to false: gradients that are not finite would be added to "
                 "the weights. Remove it."
+            )
+
+
+def _check_offload(path: Path, config: Mapping[str, Any]) -> None:
+    for part in _OFFLOADED:
+        offload = _get(config, f"zero_optimization.offload_{part}") or {}
+        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
+            raise ValueError(
+                f"{path} offloads to nvme, or in part (ratio), which checkpoints can not read. Use "
+                f'"device": "cpu" in offload_{part}, as ds_configs/zero3_bf16_offload.json.'
             )
 
 

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ds_deberta.checkpoint import read_description
 from ds_deberta.distributed import logger
-from ds_deberta.engine import consolidated_weights
 from ds_deberta.hf_tokenizer import write_tokenizer
 from ds_deberta.model import DebertaConfig, EmbeddingSharing
-from ds_deberta.weights import HEADS_FILE, POSITIONS, WORDS
+from ds_deberta.weights import HEADS_FILE, POSITIONS, WORDS, find_source, read_weights
 
 
 def export_checkpoint(checkpoint: Path, out_dir: Path) -> list[Path]:
@@ -38,11 +37,11 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> list[Path]:
         out_dir: gets a folder for each model; none of them may exist.
 
     Raises:
-        ValueError: not a checkpoint of ours.
+        ValueError: not a checkpoint of ours, or a damaged one.
     """
     description = read_description(checkpoint)
     configs = {name: DebertaConfig.from_dict(c) for name, c in description["models"].items()}
-    weights = {name: consolidated_weights(checkpoint / name) for name in configs}
+    weights = {name: read_weights(find_source(checkpoint, name)) for name in configs}
     sharing = description["embedding_sharing"]
     return export_parts(weights, configs, sharing, checkpoint / "spm.model", out_dir)
 

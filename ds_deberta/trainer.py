@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_deberta.checkpoint import Checkpointer, TrainState
+from ds_deberta.checkpoint import Checkpointer, SaveError, TrainState
 from ds_deberta.data import DebertaTokenizer
 from ds_deberta.data.loader import Batch
 from ds_deberta.data.sampler import SkippedSamples
+from ds_deberta.distributed import logger, seed_step
 from ds_deberta.health import Health, TrainingLostError
 from ds_deberta.metrics import MetricTracker, reduce_metrics
 from ds_deberta.objectives import Metrics, Objective
@@ -80,14 +81,17 @@ def train(
     watchdog: Watchdog,
     *,
     skipped: SkippedSamples,
+    seed: int,
     tokenizer: DebertaTokenizer,
     device: torch.device,
 ) -> None:
     """Train until `num_training_steps`, logging, evaluating and saving on the way.
 
-    Ends earlier, with a checkpoint, if `stop` is agreed on.
+    Ends earlier, with a checkpoint, if `stop` is agreed on. Dropout is a function of seed and step.
 
     Raises:
+        SaveError: the last checkpoint could not be written. (One on the way is tried again at the
+            next interval.)
         TrainingLostError: on all ranks, with nothing saved if updates can not be applied, and
             with a checkpoint after a collapse.
     """
@@ -107,6 +111,7 @@ def train(
         with metrics.waiting_for_data():
             micro_batches = [batch.to(device) for batch in next(train_batches)]
         watchdog.progress()
+        seed_step(seed, state.step)
         measured = objective.train_step(micro_batches)
         watchdog.progress()
         state.step += 1
@@ -128,7 +133,12 @@ def train(
                 stopping = stop.agreed(now=True)
             if saving or stopping or health.collapsed:
                 watchdog.progress()
-                checkpointer.save(state, objective.engines)
+                try:
+                    checkpointer.save(state, objective.engines)
+                except SaveError as error:
+                    if ending or stopping or health.collapsed:
+                        raise
+                    logger.warning("%s; training goes on, and saves again at the next time", error)
                 watchdog.progress()
             if health.collapsed:
                 raise TrainingLostError(f"step {state.step}, saved: {health.collapsed}")

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ds_deberta.checkpoint import read_description
-from ds_deberta.engine import consolidated_weights
+from ds_deberta.checkpoint import check_files, read_description
+from ds_deberta.model_state import WEIGHTS
 
 Role = Literal["generator", "discriminator", "model"]
 
@@ -65,13 +65,15 @@ class Source:
     name: str
     """As the user gave it."""
     files: tuple[Path, ...]
-    """Files of tensors, or one folder that DeepSpeed wrote."""
+    """Files of tensors."""
     config: Mapping[str, Any] | None
     """What describes the architecture."""
     config_file: Path | None
     """Where that stands."""
     vocab_file: Path | None
     """The vocabulary that these weights were trained with."""
+    checkpoint: Path | None = None
+    """The checkpoint of ours that the files belong to."""
 
 
 def find_source(place: Path, role: Role) -> Source:
@@ -95,10 +97,13 @@ def find_source(place: Path, role: Role) -> Source:
         place = _download(name, role)
     if (place / role).is_dir():
         place = place / role
-    if place.is_dir() and (place.parent / "checkpoint.json").is_file():
-        file = place.parent / "checkpoint.json"
-        config = read_description(place.parent)["models"][place.name]
-        return Source(name, (place,), config, file, place.parent / "spm.model")
+    checkpoint = place.parent
+    if place.is_dir() and (checkpoint / "checkpoint.json").is_file():
+        description = read_description(checkpoint)
+        prefix = f"{place.name}/{WEIGHTS}-"
+        files = tuple(checkpoint / n for n in description["files"] if n.startswith(prefix))
+        config, file = description["models"][place.name], checkpoint / "checkpoint.json"
+        return Source(name, files, config, file, checkpoint / "spm.model", checkpoint)
     files = (place,) if place.is_file() else _weight_files(place, role)
     folder = files[0].parent
     if files[0].name == "model.safetensors" and (folder / HEADS_FILE).is_file():
@@ -118,13 +123,17 @@ def read_weights(source: Source, *, shapes_only: bool = False) -> dict[str, Tens
     Args:
         source: of `find_source`.
         shapes_only: give tensors without data, on the meta device, and read little.
+
+    Raises:
+        ValueError: a file is damaged, or holds more than tensors.
     """
     weights: dict[str, Tensor] = {}
+    if source.checkpoint is not None and not shapes_only:
+        files = read_description(source.checkpoint)["files"]
+        mine = [str(file.relative_to(source.checkpoint)) for file in source.files]
+        check_files(source.checkpoint, {name: files[name] for name in mine})
     for file in source.files:
-        if file.is_dir():
-            found = consolidated_weights(file)
-            weights |= {k: w.to("meta") for k, w in found.items()} if shapes_only else found
-        elif file.suffix == ".safetensors":
+        if file.suffix == ".safetensors":
             weights |= _read_safetensors(file, shapes_only)
         else:
             weights |= _read_pickle(file, shapes_only)

@@ -1,90 +1,334 @@
+"""A checkpoint is there whole, or not at all; in one process, with engines of a few numbers."""
+
+import errno
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from ds_deberta.checkpoint import Checkpointer, TrainState, read_description
+from ds_deberta import checkpoint
+from ds_deberta.checkpoint import Checkpointer, SaveError, TrainState, read_description
+from ds_deberta.model_state import ModelState
 
 
-class FileEngine:
-    """Saves one number."""
+class FakeEngine:
+    """Trains two tensors, and counts."""
 
-    def __init__(self, value: int) -> None:
-        self.value = value
+    def __init__(self, value: float) -> None:
+        self.kinds = {
+            kind: {"table": torch.full((5, 3), value), "bias": torch.full((3,), value + 1)}
+            for kind in ("weights", "exp_avg")
+        }
+        self.count = value
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "value").write_text(str(self.value))
+    def state(self) -> ModelState:
+        shapes = {
+            kind: {name: tuple(tensor.shape) for name, tensor in by_name.items()}
+            for kind, by_name in self.kinds.items()
+        }
+        return ModelState(shapes, lambda kind, name: self.kinds[kind][name], {"count": self.count})
 
-    def load(self, folder: Path) -> None:
-        self.value = int((folder / "value").read_text())
+    def restore(self, state: ModelState) -> None:
+        for kind, shapes in state.shapes.items():
+            for name in shapes:
+                self.kinds[kind][name] = state.tensor(kind, name).clone()
+        self.count = state.numbers["count"]
+
+    def holds(self, value: float) -> bool:
+        expected = FakeEngine(value)
+        return self.count == value and all(
+            torch.equal(tensor, expected.kinds[kind][name])
+            for kind, by_name in self.kinds.items()
+            for name, tensor in by_name.items()
+        )
 
 
-def checkpointer(tmp_path: Path, keep: int = 0, **identity) -> Checkpointer:
+def checkpointer(
+    tmp_path: Path, keep: int = 0, placement: dict | None = None, accept: tuple = (), **identity
+) -> Checkpointer:
     vocab = tmp_path / "vocab"
     vocab.write_text("pieces")
     return Checkpointer(
-        tmp_path / "run", keep=keep, identity=identity, contents={"models": {}}, vocab_file=vocab
+        tmp_path / "run",
+        keep=keep,
+        identity={"seed": 1, "data": "a", "models": {"model": {"layers": 2, "width": 8}}}
+        | identity,
+        placement=placement or {"world size": 2, "ZeRO stage": 1, "precision": "bfloat16"},
+        contents={"models": {}},
+        vocab_file=vocab,
+        accept_changes=accept,
     )
 
 
+def save(saver: Checkpointer, step: int) -> Path:
+    engines = {"generator": FakeEngine(step), "discriminator": FakeEngine(step + 0.5)}
+    return saver.save(TrainState(step, step * 8), engines)
+
+
+def resumed(saver: Checkpointer) -> TrainState:
+    """Resume, and check that both engines are those of the step."""
+    engines = {"generator": FakeEngine(-1), "discriminator": FakeEngine(-1)}
+    state = saver.resume(engines)
+    if state.step:
+        assert engines["generator"].holds(state.step)
+        assert engines["discriminator"].holds(state.step + 0.5)
+    return state
+
+
+def folders(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ds_deberta"), "propagate", True)
+    caplog.set_level(logging.INFO, "ds_deberta")
+    return caplog
+
+
 def test_nothing_to_resume_starts_at_zero(tmp_path):
-    assert checkpointer(tmp_path).resume({}) == TrainState(0, 0)
+    assert resumed(checkpointer(tmp_path)) == TrainState(0, 0)
 
 
 def test_what_was_saved_comes_back_and_the_newest_wins(tmp_path):
-    for step in (9, 100, 20):
-        checkpointer(tmp_path, seed=1).save(TrainState(step, step * 8), {"g": FileEngine(step)})
-    engine = FileEngine(0)
-    state = checkpointer(tmp_path, seed=1).resume({"g": engine})
-    assert (state, engine.value) == (TrainState(100, 800), 100)
-
-
-def test_random_numbers_go_on_where_they_stopped(tmp_path):
-    torch.manual_seed(1)
-    checkpointer(tmp_path).save(TrainState(1, 8), {})
-    expected = torch.rand(3)
-    torch.manual_seed(2)
-    checkpointer(tmp_path).resume({})
-    assert torch.equal(torch.rand(3), expected)
+    for step in (9, 100, 20, 10_000_000):
+        save(checkpointer(tmp_path), step)
+    saver = checkpointer(tmp_path)
+    assert resumed(saver) == TrainState(10_000_000, 80_000_000)
+    assert saver.current == tmp_path / "run/checkpoints/step_10000000"
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    checkpointer(tmp_path, seed=1, betas=(0.9, 0.99)).save(TrainState(1, 8), {})
-    with pytest.raises(ValueError, match=r"other settings \(seed: 1 then, 2 now\)"):
-        checkpointer(tmp_path, seed=2, betas=(0.9, 0.99)).resume({})
+    save(checkpointer(tmp_path, betas=(0.9, 0.99)), 1)
+    with pytest.raises(ValueError, match=r"seed: 1 then, 2 now\). .* by --accept_changes seed, or"):
+        resumed(checkpointer(tmp_path, seed=2, betas=(0.9, 0.99)))
+    models = {"model": {"layers": 3, "width": 8}}
+    with pytest.raises(ValueError, match=r"models\.model\.layers: 2 then, 3 now") as error:
+        resumed(checkpointer(tmp_path, seed=2, models=models, betas=(0.9, 0.99), accept=("seed",)))
+    assert "accept_changes" not in str(error.value)
+    assert "width" not in str(error.value)
+    for name in ("models", "nonsense"):
+        with pytest.raises(ValueError, match=rf"can be any of data, seed; got {name}"):
+            checkpointer(tmp_path, accept=(name,))
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_accepted_changes_are_told_and_new_data_are_read_from_the_start(tmp_path, log):
+    save(checkpointer(tmp_path), 10)
+    saver = checkpointer(tmp_path, data="b", seed=5, accept=("data", "seed"))
+    assert resumed(saver) == TrainState(10, 0)
+    assert "accepted: data: 'a' then, 'b' now" in log.text
+    assert "accepted: seed: 1 then, 5 now" in log.text
+    assert "read from their first row on" in log.text
+    saver.save(TrainState(20, 80), {"generator": FakeEngine(20), "discriminator": FakeEngine(20.5)})
+    assert resumed(checkpointer(tmp_path, data="b", seed=5)) == TrainState(20, 80)
+
+
+def test_a_move_is_told_in_one_line(tmp_path, log):
+    save(checkpointer(tmp_path), 10)
+    resumed(checkpointer(tmp_path))
+    assert "saved with" not in log.text
+    now = {"world size": 1, "ZeRO stage": 1, "precision": "float32"}
+    resumed(checkpointer(tmp_path, placement=now))
+    told = "step_0000010, saved with world size 2, precision bfloat16; "
+    assert f"{told}now with world size 1, precision float32" in log.text
+
+
+def test_only_the_newest_are_kept_and_the_last_good_one_always(tmp_path):
     saver = checkpointer(tmp_path, keep=2)
     for step in (10, 20, 30):
-        saver.save(TrainState(step, step), {})
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
-        "step_0000020",
-        "step_0000030",
-    ]
+        save(saver, step)
+    assert folders(tmp_path) == ["step_0000020", "step_0000030"]
+    for step in (20, 30):
+        (tmp_path / f"run/checkpoints/step_00000{step}/spm.model").unlink()
+    shutil.copytree(
+        tmp_path / "run/checkpoints/step_0000030", tmp_path / "run/checkpoints/step_0000040"
+    )
+    save(saver, 25)
+    assert folders(tmp_path) == ["step_0000020", "step_0000025", "step_0000030", "step_0000040"]
+    assert resumed(checkpointer(tmp_path)).step == 25
+    save(saver, 30)
+    assert folders(tmp_path) == ["step_0000025", "step_0000030", "step_0000040"]
+    assert resumed(checkpointer(tmp_path)).step == 30
 
 
-def test_a_save_that_died_is_neither_loaded_nor_in_the_way(tmp_path):
-    class DyingEngine(FileEngine):
-        def save(self, folder: Path) -> None:
-            super().save(folder)
-            raise KeyboardInterrupt
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
 
-    saver = checkpointer(tmp_path)
-    saver.save(TrainState(10, 80), {"g": FileEngine(10)})
-    with pytest.raises(KeyboardInterrupt):
-        saver.save(TrainState(20, 160), {"g": DyingEngine(20)})
-    assert checkpointer(tmp_path).resume({"g": FileEngine(0)}).step == 10
-    checkpointer(tmp_path).save(TrainState(20, 160), {"g": FileEngine(21)})
-    engine = FileEngine(0)
-    assert checkpointer(tmp_path).resume({"g": engine}).step == 20
-    assert engine.value == 21
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 2)  # the last one may be a line's end
+
+
+def swap(file: Path) -> None:
+    other = file.parent.parent / "discriminator" / file.name
+    content = file.read_bytes()
+    file.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+FILES = [
+    "checkpoint.json",
+    "spm.model",
+    *(f"generator/{k}-00000.safetensors" for k in ("weights", "exp_avg")),
+]
+
+
+HARMS = [
+    *((harm, name) for harm in (flip, truncate, Path.unlink) for name in FILES),
+    *((swap, name) for name in FILES if "/" in name),
+]
+
+
+@pytest.mark.parametrize(("harm", "name"), HARMS)
+def test_a_damaged_checkpoint_is_passed_over_and_its_file_named(tmp_path, log, harm, name):
+    for step in (10, 20):
+        path = save(checkpointer(tmp_path), step)
+    harm(path / name)
+    assert resumed(checkpointer(tmp_path)) == TrainState(10, 80)
+    assert f"{path} is passed over" in log.text
+    assert Path(name).name in log.text
+    assert (harm is truncate and name != "checkpoint.json") == (" bytes, and had " in log.text)
+    save(checkpointer(tmp_path), 20)
+    assert resumed(checkpointer(tmp_path)).step == 20
+
+
+def test_every_byte_of_the_description_counts(tmp_path):
+    path = save(checkpointer(tmp_path), 10)
+    file = path / "checkpoint.json"
+    content = file.read_bytes()
+    description = read_description(path)
+    for place in range(0, len(content), 3):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            assert read_description(path) == description  # a blank that became a tab, or such
+        except checkpoint.DamageError:
+            continue
+
+
+def test_none_whole_is_an_error_and_never_a_new_start(tmp_path):
+    for step in (10, 20):
+        flip(save(checkpointer(tmp_path), step) / "spm.model")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*20/spm\.model .*10/spm"):
+        resumed(checkpointer(tmp_path))
+
+
+def test_what_died_while_saving_is_swept_and_nothing_else(tmp_path, log):
+    save(checkpointer(tmp_path), 10)
+    place = tmp_path / "run/checkpoints"
+    for name in ("step_0000020.tmp", "step_0000010.old.tmp", "step_mine.tmp", "notes"):
+        (place / name / "generator").mkdir(parents=True)
+    assert resumed(checkpointer(tmp_path)).step == 10
+    assert folders(tmp_path) == ["notes", "step_0000010", "step_mine.tmp"]
+    assert "removed" in log.text
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+def test_a_failing_write_leaves_everything_as_it_was(tmp_path, monkeypatch, call):
+    """Whichever it is: the n-th call fails, for every n until the save gets through."""
+    save(checkpointer(tmp_path), 10)
+    real = getattr(os, call)
+    for n in range(100):
+        calls = iter(range(1000))
+
+        def failing(*args, calls=calls, n=n, **kwargs):
+            if next(calls) == n:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            try:
+                save(checkpointer(tmp_path), 20)
+                break
+            except SaveError as error:
+                assert "step_0000020 could not be written: " in str(error)  # noqa: PT017
+                assert "No space left on device (rank 0)" in str(error)  # noqa: PT017
+        found = folders(tmp_path)
+        if found == ["step_0000010", "step_0000020"]:
+            break  # the rename had been made; only its way to the disk is unknown
+        assert found == ["step_0000010"]
+        assert resumed(checkpointer(tmp_path)).step == 10
+    assert n > 0
+    assert resumed(checkpointer(tmp_path)).step == 20
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """A process saves all the time and says so; it is killed 20 times."""
+    rng = random.Random(3)
+    step = 1
+    save(checkpointer(tmp_path), step)
+    for _ in range(20):
+        said, says = os.pipe()
+        if (child := os.fork()) == 0:
+            logging.disable()
+            saver = checkpointer(tmp_path, keep=2)
+            for number in range(step + 1, 10**6):
+                save(saver, number)
+                os.write(says, number.to_bytes(4, "little"))
+        os.close(says)
+        with os.fdopen(said, "rb") as stream:
+            heard = stream.read(4 * rng.randint(0, 2))
+            time.sleep(0.04 * rng.random())  # about one more save
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            heard += stream.read()
+        last = int.from_bytes(heard[-4:], "little") if heard else step
+        step = resumed(checkpointer(tmp_path)).step
+        assert step in (last, last + 1)
+        assert not [name for name in folders(tmp_path) if name.endswith(".tmp")]
+    assert step > 10
+
+
+def test_too_little_space_is_told_before_and_nothing_is_written(tmp_path, monkeypatch, log):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    resumed(checkpointer(tmp_path))
+    assert "make room before the first" in log.text
+    with pytest.raises(SaveError, match=r"takes 0\.00 GiB, and 0\.00 GiB are free"):
+        save(checkpointer(tmp_path), 10)
+    assert folders(tmp_path) == []
+
+
+def test_files_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        path = save(checkpointer(tmp_path), 10)
+    finally:
+        os.umask(old)
+    modes = {file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()}
+    assert modes == {0o640}
+    assert path.stat().st_mode & 0o777 == 0o750
+
+
+def test_it_says_in_plain_json_what_it_holds(tmp_path):
+    path = save(checkpointer(tmp_path), 10)
+    found = json.loads((path / "checkpoint.json").read_text())
+    assert found["state"] == {"step": 10, "consumed_samples": 80, "evaluation_pending": False}
+    assert found["numbers"] == {"generator": {"count": 10}, "discriminator": {"count": 10.5}}
+    assert found["files"]["generator/weights-00000.safetensors"]["tensors"] == {
+        "table": [5, 3],
+        "bias": [3],
+    }
+    assert not [file for file in path.rglob("*") if file.suffix in (".pt", ".bin", ".pkl")]
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no checkpoint\.json"):
         read_description(tmp_path)
-    (tmp_path / "checkpoint.json").write_text('{"format_version": 99}')
-    with pytest.raises(ValueError, match="format version 99, this program reads 1"):
+    (tmp_path / "checkpoint.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match="format version 1, this program reads 2"):
         read_description(tmp_path)
+    old = tmp_path / "run/checkpoints/step_0000007"
+    old.mkdir(parents=True)
+    (old / "checkpoint.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match="format version 1, this program reads 2"):
+        resumed(checkpointer(tmp_path))

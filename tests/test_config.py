@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ def test_the_recipe_fills_in_and_the_command_line_wins():
 
 def test_the_saved_configuration_loads_again(tmp_path):
     run = parse([*RTD, "--warmup", "0.1", "--pos_att_type", "c2p", "--relative_attention", "true"])
+    assert run.accept_changes == ()
+    run = replace(run, accept_changes=("data", "seed"))
+    assert parse([*RTD, "--accept_changes", "data", "seed"]).accept_changes == ("data", "seed")
     (tmp_path / "config.json").write_text(run.to_json())
     assert parse(["--config", str(tmp_path / "config.json")]) == run
 

@@ -1,6 +1,9 @@
 import pytest
+import torch
 
+from ds_deberta import distributed
 from ds_deberta.distributed import find_place, initialize
+from ds_deberta.kernels.dropout import dropout
 
 MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "123"}
 SLURM = {
@@ -83,3 +86,19 @@ def test_another_number_of_processes_than_expected_is_refused(monkeypatch):
     set_environment(monkeypatch)
     with pytest.raises(ValueError, match="expect_world_size is 2, but there are 1 processes"):
         initialize(0, expect_world_size=2)
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank(monkeypatch):
+    def masks(seed: int, step: int, rank: int) -> list[torch.Tensor]:
+        """What two micro-batches of a step, or two models, drop one after the other."""
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        distributed.seed_step(seed, step)
+        return [dropout(torch.ones(4096), 0.5) for _ in range(2)]
+
+    places = [(1, 7, 0), (1, 7, 1), (1, 8, 0), (2, 7, 0), (17, 0, 0), (1, 70, 0)]
+    found = [mask for place in places for mask in masks(*place)]
+    for i, mask in enumerate(found):
+        for other in found[:i]:  # independent ones agree in half of the places, give or take 32
+            assert abs((mask == other).sum() - 2048) < 200
+    again = [mask for place in places for mask in masks(*place)]
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

@@ -8,7 +8,6 @@ import torch
 
 from ds_deberta.data import DebertaTokenizer
 from ds_deberta.data.loader import Batch, build_train_batches, build_valid_batches
-from ds_deberta.engine import consolidated_weights
 from tests import plain
 from tests.cases import (
     BATCH,
@@ -20,6 +19,7 @@ from tests.cases import (
     build_models,
     masker,
 )
+from tests.checkpoints import tensors
 from tests.launch import ROOT, run_ranks
 
 SHARINGS = ["gdes", "es", "nes"]
@@ -176,7 +176,7 @@ def test_fp32_weights_equal_plain_pytorch(
     trained: Path, expected: dict, kind: str, stage: int
 ) -> None:
     for model, truth in expected[kind][1].items():
-        weights = consolidated_weights(trained / f"{kind}_zero{stage}_fp32" / model)
+        weights = tensors(trained / f"{kind}_zero{stage}_fp32" / model)
         assert weights.keys() == truth.keys()
         for name, tensor in truth.items():
             if name.endswith("key_proj.bias"):

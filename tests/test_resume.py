@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_deberta.engine import consolidated_weights
+from tests.checkpoints import tensors
 from tests.launch import ROOT, run_ranks
 
 WORKER = ROOT / "tests/workers/pretrain_runs.py"
@@ -65,7 +65,8 @@ def test_ten_steps_equal_five_and_three_and_two(
 
     models = ("model",) if kind == "mlm" else ("generator", "discriminator")
     for model in models:
-        expected = consolidated_weights(whole / "checkpoints/step_0000010" / model)
-        weights = consolidated_weights(parts / "checkpoints/step_0000010" / model)
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        for kind in ("weights", "exp_avg", "exp_avg_sq"):
+            expected = tensors(whole / "checkpoints/step_0000010" / model, kind)
+            found = tensors(parts / "checkpoints/step_0000010" / model, kind)
+            assert found.keys() == expected.keys() != set()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)

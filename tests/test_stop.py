@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_deberta.engine import consolidated_weights
+from tests.checkpoints import tensors
 from tests.launch import ROOT, clean_environment, free_port, processes_with, run_ranks
 
 BIN = Path(sys.executable).parent
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(flags, tmp_path):
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     for model in ("generator", "discriminator"):
         stopped, whole = (
-            consolidated_weights(tmp_path / name / f"checkpoints/step_{step + 3:07d}" / model)
+            tensors(tmp_path / name / f"checkpoints/step_{step + 3:07d}" / model)
             for name in ("run", "whole")
         )
         assert all(torch.equal(stopped[name], whole[name]) for name in whole)

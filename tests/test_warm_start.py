@@ -1,4 +1,3 @@
-import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -294,20 +293,6 @@ def test_files_that_are_not_just_tensors_are_refused_and_never_run(tmp_path: Pat
     file.rename(tmp_path / "weights.safetensors")
     file = tmp_path / "weights.safetensors"
     refused("is no safetensors file")
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(
-    tiny_config: DebertaConfig, tmp_path: Path, capsys
-):
-    folder = tmp_path / "step_0000003"
-    (folder / "model").mkdir(parents=True)
-    description = {"format_version": 1, "models": {"model": tiny_config.to_dict()}}
-    (folder / "checkpoint.json").write_text(json.dumps(description))
-    torch.save({"module": {}, "x": Runs()}, folder / "model" / "mp_rank_00_model_states.pt")
-    for place in (folder, folder / "model"):
-        with pytest.raises(ValueError, match=r"is refused: reading it would run \S*print"):
-            read_weights(find_source(place, "model"))
-    assert capsys.readouterr().out == ""
 
 
 def test_a_name_that_is_nowhere_says_what_to_place_where(monkeypatch, tmp_path: Path):

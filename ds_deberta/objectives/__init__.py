@@ -7,7 +7,6 @@ tests without DeepSpeed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_deberta.data.loader import Batch
 from ds_deberta.distributed import sum_across_ranks, world_size
+from ds_deberta.model_state import ModelState
 
 
 class Engine(Protocol):
@@ -49,12 +49,12 @@ class Engine(Protocol):
         """learning_rate, grad_norm (before clipping) and the like, of the last update. Syncs."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule to a folder. Every rank must call it."""
+    def state(self) -> ModelState:
+        """Weights, optimizer and schedule, for a checkpoint."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Take weights, optimizer and schedule from a folder written by `save`."""
+    def restore(self, state: ModelState) -> None:
+        """Go on from such a state. Every rank must call it."""
         ...
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from ds_deberta.agreement import check_data
 from tests.launch import ROOT, run_ranks
@@ -88,10 +87,10 @@ def damaged(data_dir: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_file_is_named_with_the_cure(damaged: Path, fault: str):
     damage, message = FAULTS[fault]
-    check_data(damaged, torch.device("cpu"))
+    check_data(damaged)
     damage(damaged)
     with pytest.raises(ValueError, match=message):
-        check_data(damaged, torch.device("cpu"))
+        check_data(damaged)
 
 
 def test_any_bit_of_the_manifest_and_the_vocabulary_counts(damaged: Path):
@@ -106,14 +105,14 @@ def test_any_bit_of_the_manifest_and_the_vocabulary_counts(damaged: Path):
             if name == "manifest.json" and content.split() == whole.split():
                 continue
             with pytest.raises(ValueError, match=name):
-                check_data(damaged, torch.device("cpu"))
+                check_data(damaged)
         file.write_bytes(whole)
 
 
 def test_time_and_size_are_logged(data_dir: Path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("ds_deberta"), "propagate", True)
     with caplog.at_level(logging.INFO, "ds_deberta"):
-        check_data(data_dir, torch.device("cpu"))
+        check_data(data_dir)
     size = sum(file.stat().st_size for file in data_dir.glob("*/*.arrow")) / 1e9
     (line,) = (line for line in caplog.messages if "verified" in line)
     assert re.fullmatch(

@@ -19,28 +19,28 @@ from ds_deberta.distributed import initialize, place_on_node, rank, shutdown, wo
 def check(run, kind: str, names: str) -> None:
     message = f"{kind} must be the same on all ranks; other than on rank 0 on rank 1: {names}"
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        agreement.check_agreement(run, device)
+        agreement.check_agreement(run)
     assert str(error.value) == message
 
 
 if __name__ == "__main__":
     flags, other = json.loads(sys.argv[1]), Path(sys.argv[2])
-    device = initialize(0)
+    initialize(0)
     run = parse(flags)
     is_last = rank() == world_size() - 1
-    agreement.check_agreement(run, device)
+    agreement.check_agreement(run)
 
     named = str(run.data.data_dir)
     data = replace(run.data, data_dir=other)
     check(replace(run, data=data) if is_last else run, "data", str(other) if is_last else named)
     data = replace(run.data, data_dir=other / "not-there")
     with pytest.raises(ValueError, match=r"not-there must be a folder of .* \(found by rank 1\)"):
-        agreement.check_agreement(replace(run, data=data) if is_last else run, device)
+        agreement.check_agreement(replace(run, data=data) if is_last else run)
 
-    assert place_on_node(device) == (rank(), world_size())
+    assert place_on_node() == (rank(), world_size())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.gethostname", lambda: f"node{rank()}")
-        assert place_on_node(device) == (0, 1)
+        assert place_on_node() == (0, 1)
 
     optim = replace(run.optim, learning_rate=0.125)
     changed = replace(run, seed=99, optim=optim)

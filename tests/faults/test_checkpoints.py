@@ -1,0 +1,125 @@
+"""Checkpoints survive: killed saves, and moves over every stage and precision."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_deberta.checkpoint import check_files, read_description
+from tests.checkpoints import tensors
+from tests.launch import ROOT, clean_environment, free_port, processes_with, run_ranks
+from tests.test_moves import KINDS, check_move, command, run_all
+
+MOVES = {
+    "three-two-one": [(3, "zero0_fp32", 4), (2, "zero1_fp32", 7), (1, "zero3_fp32", 10)],
+    "stages": [(2, f"zero{stage}_fp32", step) for stage, step in ((0, 3), (3, 5), (1, 8), (2, 10))],
+    "precisions": [
+        (2, config, step)
+        for config, step in (
+            ("zero1_fp32", 2),
+            ("zero1_bf16", 4),
+            ("zero0_bf16", 6),
+            ("zero3_bf16_offload", 8),
+            ("zero2_bf16_offload", 9),
+            ("zero0_fp32", 10),
+        )
+    ],
+    "bf16 grows": [(1, "zero2_bf16", 3), (3, "zero1_bf16", 6), (2, "zero3_bf16", 10)],
+}
+KILLS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_runs_move_over_ranks_stages_and_precisions(data_dir, tiny_model_file, tmp_path):
+    run_all(tmp_path, MOVES, data_dir, tiny_model_file)
+    for name, parts in MOVES.items():
+        for kind in KINDS:
+            check_move(tmp_path, kind, name, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["zero1_bf16", "zero3_bf16", "zero0_bf16", "zero2_fp32"])
+def test_twenty_steps_in_four_processes_are_twenty_in_one(
+    data_dir, tiny_model_file, tmp_path, config
+):
+    """Bit for bit, with dropout on."""
+    for name, ends in (("whole", (20,)), ("parts", (3, 9, 14, 20))):
+        for end in ends:
+            line = command("gdes", config, end, data_dir, tiny_model_file, tmp_path / name)
+            lines = [[*line, "--dropout", "0.1"]]
+            run_ranks(ROOT / "tests/workers/pretrain_runs.py", json.dumps(lines), world_size=2)
+    for model in ("generator", "discriminator"):
+        for kind in ("weights", "exp_avg", "exp_avg_sq"):
+            whole, parts = (
+                tensors(tmp_path / name / "checkpoints/step_0000020" / model, kind)
+                for name in ("whole", "parts")
+            )
+            assert whole.keys() == parts.keys() != set()
+            assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_killed_at_any_moment_leaves_a_whole_checkpoint(data_dir, tiny_model_file, tmp_path):
+    """Two ranks save after every step; one is killed, in turn, and the run started again."""
+    rng = random.Random(5)
+    place = tmp_path / "run/checkpoints"
+    line = command("gdes", "zero1_fp32", 10**6, data_dir, tiny_model_file, tmp_path / "run")
+    line += ["--dump_interval", "1", "--keep_checkpoints", "2"]
+    launcher = ["torchrun", "--nproc_per_node", "2"]
+    unfinished = 0
+    for kill in range(KILLS):
+        before = newest_whole(place)
+        with (tmp_path / "log").open("w") as output:
+            process = subprocess.Popen(
+                [*launcher, "--master_port", str(free_port()), "run_pretrain.py", *line],
+                cwd=ROOT,
+                env=clean_environment()
+                | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+                | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=output,
+            )
+            try:
+                deadline = time.monotonic() + 120
+                while newest_whole(place) < before + 2:
+                    assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                    time.sleep(0.05)
+                time.sleep(rng.random() * 0.4)
+                (rank,) = processes_with(str(tmp_path / "run"), RANK=str(kill % 2))
+                os.kill(rank, signal.SIGKILL)
+                assert process.wait(60) != 0
+            finally:
+                for each in [process.pid, *processes_with(str(tmp_path / "run"))]:
+                    try:
+                        os.kill(each, signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
+                process.wait()
+        assert "is passed over" not in (tmp_path / "log").read_text()
+        unfinished += any(path.suffix == ".tmp" for path in place.iterdir())
+        assert newest_whole(place) >= before + 2
+    assert unfinished > 0  # some did hit a save
+
+
+def newest_whole(place: Path) -> int:
+    """The newest step whose files are all as they were written; the others must not exist."""
+    names = sorted(path for path in place.glob("step_*") if path.suffix != ".tmp")
+    for path in reversed(names):
+        try:
+            check_files(path, read_description(path)["files"])
+        except ValueError:
+            if path.exists():
+                raise
+            continue  # rotated away meanwhile
+        return int(path.name.removeprefix("step_"))
+    return 0

@@ -1,0 +1,96 @@
+"""A model's files: any number of ranks write them, any reader of safetensors reads them."""
+
+import errno
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ds_deberta import model_state
+from ds_deberta.model_state import ModelState, read_shards, write_shard
+from tests.checkpoints import tensors
+
+SHAPES = {"table": (50, 8), "odd": (7, 3), "bias": (8,), "norm": (1,), "zero": (0,)}
+
+
+def example() -> ModelState:
+    generator = torch.Generator().manual_seed(0)
+    kinds = ("weights", "exp_avg")
+    values = {
+        (kind, name): torch.randn(shape, generator=generator)
+        for kind in kinds
+        for name, shape in SHAPES.items()
+    }
+    values["weights", "bias"][0] = -0.0
+    return ModelState(
+        shapes={"weights": SHAPES, "exp_avg": {name: SHAPES[name] for name in ("table", "odd")}},
+        tensor=lambda kind, name: values[kind, name],
+        numbers={"step": 3},
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_what_was_written_is_read_whatever_the_number_of_ranks(tmp_path: Path, world_size: int):
+    state = example()
+    files = {}
+    for rank in range(world_size):
+        files |= write_shard(state, tmp_path, rank=rank, world_size=world_size)
+    assert files.keys() == {path.name for path in tmp_path.iterdir()}
+    for name, facts in files.items():
+        content = (tmp_path / name).read_bytes()
+        assert (facts["size"], facts["sha256"]) == (
+            len(content),
+            hashlib.sha256(content).hexdigest(),
+        )
+        found = {name: list(tensor.shape) for name, tensor in load_file(tmp_path / name).items()}
+        assert facts["tensors"] == found
+    read = read_shards(tmp_path, {"step": 3})
+    assert (read.shapes, read.numbers) == (state.shapes, state.numbers)
+    for kind, shapes in state.shapes.items():
+        assert tensors(tmp_path, kind).keys() == shapes.keys()
+        for name in shapes:
+            expected = state.tensor(kind, name)
+            assert torch.equal(
+                read.tensor(kind, name).view(torch.int32), expected.view(torch.int32)
+            )
+
+
+def test_shares_are_about_equal(tmp_path: Path):
+    shapes = {f"layer.{i}": (8 * i + 8, 32) for i in range(40)}
+    state = ModelState({"weights": shapes}, lambda _, name: torch.zeros(shapes[name]), {})
+    sizes = [
+        sum(f["size"] for f in write_shard(state, tmp_path, rank=rank, world_size=4).values())
+        for rank in range(4)
+    ]
+    assert max(sizes) < 1.05 * min(sizes)
+    assert state.num_bytes() < sum(sizes) < 1.1 * state.num_bytes()
+
+
+def test_a_rank_that_can_not_write_still_takes_part(monkeypatch, tmp_path: Path):
+    """The others would wait for it for ever: each `tensor` is a collective."""
+    state = example()
+    asked: list[tuple[str, str]] = []
+
+    def tensor(kind: str, name: str) -> torch.Tensor:
+        asked.append((kind, name))
+        return state.tensor(kind, name)
+
+    counted = ModelState(state.shapes, tensor, {})
+    write_shard(counted, tmp_path, rank=1, world_size=2)
+    expected, asked[:] = list(asked), []
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model_state.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write_shard(counted, tmp_path, rank=1, world_size=2)
+    assert asked == expected
+    assert len(asked) == 7
+
+    asked.clear()
+    with pytest.raises(FileNotFoundError):
+        write_shard(counted, tmp_path / "nowhere", rank=0, world_size=2)
+    assert asked == expected
