@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_a_full_disk_delays_the_metrics_and_loses_none(small_disk, caplog, monke
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     assert len(found) < 59
     filling.unlink()
+    time.sleep(1)  # TensorBoard orders its files by the second
     tracker.update(metrics(1.0, 10))
     tracker.log(60, {})
     tracker.close()
