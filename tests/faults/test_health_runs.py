@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_deberta.engine import consolidated_weights
+from tests.checkpoints import tensors
 from tests.launch import ROOT, run_ranks
 
 POISONED = (24, 39)  # of batches of 4: the steps 7 to 10
@@ -95,14 +95,14 @@ def test_a_run_goes_on_past_skipped_samples_as_if_they_had_never_been(done):
     assert done.after.statuses[:2] == [0, 0]
     assert done.after.skipped == []
     gone_on, fresh = (
-        consolidated_weights(done.folder / name / "checkpoints/step_0000014/model")
+        tensors(done.folder / name / "checkpoints/step_0000014/model")
         for name in ("given_up", "fresh")
     )
     assert all(torch.equal(gone_on[name], fresh[name]) for name in fresh)
     position = json.loads(
         (done.folder / "fresh/checkpoints/step_0000014/checkpoint.json").read_text()
     )
-    assert position["consumed_samples"] == 14 * 4 + 16
+    assert position["state"]["consumed_samples"] == 14 * 4 + 16
 
 
 @pytest.mark.distributed

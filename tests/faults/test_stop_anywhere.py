@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from ds_deberta.engine import consolidated_weights
+from tests.checkpoints import tensors
 from tests.launch import ROOT, free_port, run_ranks
 from tests.test_stop import ENDLESS, Run, flags, rows  # noqa: F401 - flags is a fixture
 
@@ -37,7 +37,7 @@ def test_a_stop_in_the_middle_of_something_is_saved(flags, tmp_path, moment, ran
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     for model in ("generator", "discriminator"):
         stopped, whole = (
-            consolidated_weights(tmp_path / name / f"checkpoints/step_{step + 3:07d}" / model)
+            tensors(tmp_path / name / f"checkpoints/step_{step + 3:07d}" / model)
             for name in ("run", "whole")
         )
         assert all(torch.equal(stopped[name], whole[name]) for name in whole)
