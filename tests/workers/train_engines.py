@@ -35,7 +35,9 @@ def main() -> None:
         engines = {}
         for name, module in build_models(case["objective"], case["sharing"], tokenizer).items():
             lr = lrs.get(name, LR)
-            module.deberta.encoder.checkpoint_activations = "checkpointed" in case["name"]
+            module.deberta.encoder.checkpoint_activations = "checkpointing" in case["name"]
+            if "compiled" in case["name"]:
+                module.deberta.encoder.compile_layers()
             facts = DeepSpeedFacts(
                 train_batch_size=BATCH,
                 micro_batch_size=BATCH // world_size() // 2,
