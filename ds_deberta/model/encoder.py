@@ -144,10 +144,11 @@ class DeltaEmbedding(nn.Module):
         super().__init__()
         self._weight = nn.Parameter(torch.zeros(num_embeddings, size))
         self.padding_idx = padding_idx
+        self.sparse = False
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up rows."""
-        return F.embedding(ids, self._weight, self.padding_idx)
+        return F.embedding(ids, self._weight, self.padding_idx, sparse=self.sparse)
 
 
 class Encoder(nn.Module):
