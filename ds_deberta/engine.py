@@ -72,7 +72,7 @@ _OWNED_KEYS = {  # what DeepSpeed knows but the command line decides
     "tensorboard": "<output_dir>/tensorboard, which is always written",
     "data_efficiency": "--data_dir and --max_seq_length",
     "curriculum_learning": "--max_seq_length",
-    "compile": "nothing yet: compiled engines are not supported",
+    "compile": "--compile",
     "amp": "bf16 or fp16",
 }
 _CLASSES_IN_CHECKPOINTS = {  # of DeepSpeed, which reads them by pickle

@@ -203,6 +203,11 @@ class Encoder(nn.Module):
             states = layers[-1](hidden, attention_mask, relative, slots, states, query_positions)
         return states
 
+    def compile_layers(self) -> None:
+        """Compile each layer at its first call; those of one shape share the result."""
+        for layer in self.layer:
+            layer.compile()
+
     def _checkpointed(self, layer: nn.Module) -> Callable[..., Tensor]:
         """Return the layer, with activations made again in the backward pass where asked for."""
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
