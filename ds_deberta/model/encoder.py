@@ -206,7 +206,7 @@ class Encoder(nn.Module):
     def compile_layers(self) -> None:
         """Compile each layer at its first call; those of one shape share the result."""
         for layer in self.layer:
-            layer.compile()
+            layer.compile(dynamic=False)  # a training has one shape: symbols cost minutes
 
     def _checkpointed(self, layer: nn.Module) -> Callable[..., Tensor]:
         """Return the layer, with activations made again in the backward pass where asked for."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from ds_deberta.data import load_tokenizer
 from ds_deberta.data.loader import build_train_batches, build_valid_batches
@@ -37,6 +38,8 @@ def main() -> None:
             lr = lrs.get(name, LR)
             module.deberta.encoder.checkpoint_activations = "checkpointing" in case["name"]
             if "compiled" in case["name"]:
+                torch._dynamo.reset()
+                torch._dynamo.config.fail_on_recompile_limit_hit = True  # else: not compiled
                 module.deberta.encoder.compile_layers()
             facts = DeepSpeedFacts(
                 train_batch_size=BATCH,
