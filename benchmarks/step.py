@@ -1,6 +1,6 @@
 """Tokens per second of a whole training step.
 
-    python benchmarks/step.py [--rounds 5] [--only SHAPE]
+    python benchmarks/step.py [--rounds 5] [--only SHAPE] [--compile]
     python benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512 [--profile]
 
 The first, two small shapes against transformers: each side runs in a process of its own, as its
@@ -89,6 +89,7 @@ def our_objective(
     objective: str = "rtd",
     attention: str = "auto",
     device: str = "cpu",
+    compiled: bool = False,
 ) -> Objective:
     """Engines as a training has them, and the objective around them."""
     from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config, precision
@@ -110,12 +111,14 @@ def our_objective(
     )
     print(reason, file=sys.stderr)
     if objective == "mlm":
-        models: dict[str, torch.nn.Module] = {"model": DebertaForMaskedLM(config, attend)}
+        models: dict[str, Any] = {"model": DebertaForMaskedLM(config, attend)}
     else:
         models = {
             "generator": DebertaForMaskedLM(generator_config(config), attend),
             "discriminator": DebertaForRTD(config, attend, embedding_sharing="gdes"),
         }
+    for model in models.values() if compiled else ():
+        model.deberta.encoder.compile_layers()
     engines = {
         name: initialize_engine(model, resolved, optim=optim, lr=1e-4, total_steps=10**6)
         for name, model in models.items()
@@ -127,9 +130,9 @@ def our_objective(
     )
 
 
-def our_step(config: DebertaConfig, batch: Batch, *, ds_config: str) -> Callable[[], None]:
-    """One optimizer step of both models on DeepSpeed engines."""
-    objective = our_objective(config, batch, ds_config=ds_config)
+def our_step(config: DebertaConfig, batch: Batch, **options: Any) -> Callable[[], None]:
+    """One optimizer step of both models on DeepSpeed engines; options of `our_objective`."""
+    objective = our_objective(config, batch, **options)
     return lambda: objective.train_step([batch]) and None
 
 
@@ -176,7 +179,10 @@ CONTENDERS: dict[str, Callable[[DebertaConfig, Batch], Callable[[], None]]] = {
     "transformers bf16 autocast": partial(transformers_step, autocast=True),
     "ours fp32": partial(our_step, ds_config="zero0_fp32"),
     "ours bf16": partial(our_step, ds_config="zero0_bf16"),
+    "ours fp32 compiled": partial(our_step, ds_config="zero0_fp32", compiled=True),
+    "ours bf16 compiled": partial(our_step, ds_config="zero0_bf16", compiled=True),
 }
+THEIRS = ("transformers fp32", "transformers bf16 autocast")
 
 
 def serve(shape: str, contender: str) -> None:
@@ -230,7 +236,7 @@ class Contender:
         return line
 
 
-def compare(shape: str, rounds: int) -> None:
+def compare(shape: str, rounds: int, *, compiled: bool) -> None:
     """Print one table row per contender."""
     config, rows, length = SHAPES[shape]
     peak = {
@@ -238,24 +244,28 @@ def compare(shape: str, rounds: int) -> None:
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     flops = 3 * rows * rtd_forward_flops(config, length)
-    contenders = {name: Contender(shape, name) for name in CONTENDERS}
+    names = [name for name in CONTENDERS if compiled or "compiled" not in name]
+    contenders = {name: Contender(shape, name) for name in names}
     for _ in range(rounds):
         for contender in contenders.values():
             contender.run(2)
     print(f"\n{shape}: {peak['fp32'] / 1e9:.0f} GFLOP/s fp32, {peak['bf16'] / 1e9:.0f} bf16\n")
-    print("| | tokens/s | ratio to transformers fp32 | share of the GEMM rate | memory |")
-    print("|-|-|-|-|-|")
+    print(f"| | tokens/s | ratio to {' | to '.join(THEIRS)} | share of the GEMM rate | memory |")
+    print("|-|-|-|-|-|-|")
     base = contenders["transformers fp32"]
     for name, contender in contenders.items():
         contender.close()
         median = statistics.median(contender.seconds)
-        ratio = statistics.median(
-            b / s for b, s in zip(base.seconds, contender.seconds, strict=True)
-        )
+        ratios = [
+            statistics.median(
+                b / s for b, s in zip(contenders[other].seconds, contender.seconds, strict=True)
+            )
+            for other in THEIRS
+        ]
         kind = "bf16" if "bf16" in name else "fp32"
         memory = contender.peak_bytes / base.peak_bytes
         print(
-            f"| {name} | {rows * length / median:,.0f} | {ratio:.2f} | "
+            f"| {name} | {rows * length / median:,.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} | "
             f"{flops / median / peak[kind]:.0%} | {contender.peak_bytes / 2**30:.2f} GiB "
             f"({memory:.0%}) |"
         )
@@ -285,6 +295,7 @@ def measure_preset(args: argparse.Namespace) -> None:
             objective=args.objective,
             attention=attention,
             device=device.type,
+            compiled=args.compile,
         )
         step = partial(objective.train_step, [batch])
         for _ in range(3):
@@ -400,6 +411,9 @@ def main() -> None:
     on_cuda = torch.cuda.is_available()
     parser.add_argument("--attention", default="triton,reference" if on_cuda else "cpu,reference")
     parser.add_argument("--deepspeed_config", default="zero1_bf16" if on_cuda else "zero0_bf16")
+    parser.add_argument(
+        "--compile", action="store_true", help="ours compiled: also, of a preset only"
+    )
     parser.add_argument("--profile", action="store_true", help="ten most expensive operations")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -410,7 +424,7 @@ def main() -> None:
         measure_preset(args)
         return
     for shape in [args.only] if args.only else SHAPES:
-        compare(shape, args.rounds)
+        compare(shape, args.rounds, compiled=args.compile)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ds_deberta.engine import (
     initialize_engine,
     load_ds_config,
     precision,
+    zero_stage,
 )
 from ds_deberta.health import Health
 from ds_deberta.kernels import AttentionFn, select_attention
@@ -61,6 +62,11 @@ def build_objective(
         raise ValueError(
             "embedding_sharing es does not go with fp16: the two loss scales differ. "
             "Use bf16, or embedding_sharing gdes."
+        )
+    if run.model.compile and any(zero_stage(config) == 3 for config in ds_configs.values()):
+        raise ValueError(
+            "--compile does not go with ZeRO 3, whose weights are not there yet when a layer is "
+            "compiled. Leave it out, or use a configuration up to ZeRO 2 (ds_configs/zero2_*.json)."
         )
     attend, reason = select_attention(
         run.model.attention,
@@ -196,6 +202,8 @@ def build_models(
         )
     for model in models.values():
         model.deberta.encoder.checkpoint_activations = run.model.activation_checkpointing
+        if run.model.compile:
+            model.deberta.encoder.compile_layers()
     load_initial(models, init_sources(run))
     for name, model in models.items():
         count = sum(p.numel() for p in model.parameters())

@@ -67,6 +67,8 @@ class ModelConfig:
     """Attention: triton (fused, CUDA), cpu, reference (plain torch), or what suits the device."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and make the rest again backwards: less memory, slower."""
+    compile: bool = False
+    """Compile the layers with torch.compile at the first step; not with ZeRO 3."""
     init_model: Path | None = None
     """MLM: start from these weights (a folder or file, see README)."""
     init_generator: Path | None = None

@@ -28,7 +28,7 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ds_deberta.distributed import world_size  # noqa: E402
 from ds_deberta.model_state import ModelState  # noqa: E402
-from ds_deberta.optim import OptimConfig, build_optimizer, lr_factor, param_groups  # noqa: E402
+from ds_deberta.optim import AdamW, OptimConfig, build_optimizer, lr_factor, param_groups  # noqa: E402
 from ds_deberta.zero_state import read_state, write_state  # noqa: E402
 
 deepspeed_logger.setLevel(logging.ERROR)
@@ -72,7 +72,7 @@ _OWNED_KEYS = {  # what DeepSpeed knows but the command line decides
     "tensorboard": "<output_dir>/tensorboard, which is always written",
     "data_efficiency": "--data_dir and --max_seq_length",
     "curriculum_learning": "--max_seq_length",
-    "compile": "nothing yet: compiled engines are not supported",
+    "compile": "--compile",
     "amp": "bf16 or fp16",
 }
 _OFFLOADED = ("optimizer", "param")
@@ -236,7 +236,12 @@ class Engine:
         self._lr = self._engine.get_lr()[0]
         if self._clip is not None:
             max_norm = self._clip or math.inf
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
+            optimizer: Any = self._engine.optimizer
+            self._grad_norm = (
+                optimizer.clip(max_norm)
+                if isinstance(optimizer, AdamW)
+                else torch.nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
+            )
             # As ZeRO's optimizers do it: DeepSpeed then counts, and leaves the schedule alone.
             self._engine.optimizer.overflow = not math.isfinite(self._grad_norm)
             if self._engine.optimizer.overflow:
@@ -306,10 +311,16 @@ def initialize_engine(
     if not zero_stage(ds_config):  # DeepSpeed would clip, but not tell the norm
         clip = ds_config.get("gradient_clipping", 0.0)
         ds_config = ds_config | {"gradient_clipping": 0.0}
+    optimizer = None if "optimizer" in ds_config else build_optimizer(module, optim, lr)
+    if optimizer is not None and not zero_stage(ds_config) and not torch.cuda.is_available():
+        # A step reads few rows of a table. To list them, a GPU would have to wait.
+        for part in module.modules():
+            if hasattr(part, "sparse"):
+                part.sparse = True  # type: ignore[assignment]
     with _quiet():
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=None if "optimizer" in ds_config else build_optimizer(module, optim, lr),
+            optimizer=optimizer,
             model_parameters=param_groups(module, optim.weight_decay),  # type: ignore[arg-type]
             lr_scheduler=schedule,  # type: ignore[arg-type] - of torch 1's type
             config=ds_config,

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 LrSchedule = Literal["linear", "cosine", "wsd", "constant"]
 
 # As the original: biases and LayerNorm weights are not decayed.
 _NO_DECAY = re.compile(r"bias|LayerNorm\.weight")
+_BLOCK_ELEMENTS = (
+    2**22
+)  # of a table; their gradient stays in a CPU's cache, and few blocks are quick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,29 +71,91 @@ class OptimConfig:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, optionally without bias correction.
+    """torch's fused AdamW, for gradients that are rows of a table as well.
 
-    Without it, the moments' step counts start where the correction has become exactly 1
-    (2**40 steps), which leaves torch's own fused update as it is.
+    A sparse gradient means what the same gradient would mean as a whole table: the moments of all
+    rows decay, and all rows move. (`torch.optim.SparseAdam` leaves the others as they are.)
+
+    Without bias correction, the moments' step counts start where the correction has become
+    exactly 1 (2**40 steps), which leaves torch's own update as it is.
     """
 
     def __init__(self, params: Any, *, bias_correction: bool = True, **kwargs: Any) -> None:
-        super().__init__(params, **kwargs)
+        super().__init__(params, fused=True, **kwargs)
         self.bias_correction = bias_correction
+        self.grad_scale: Tensor | None = None  # torch's update divides gradients by it
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Have the next step scale all gradients so that their norm is at most `max_norm`.
+
+        In that step's own pass over them. Returns the norm as it is, 0-d.
+        """
+        grads = []
+        for param in self._with_gradients():
+            if param.grad.is_sparse:
+                param.grad = param.grad.coalesce()
+            grads.append(param.grad.values() if param.grad.is_sparse else param.grad)
+        norm = nn.utils.get_total_norm(grads)
+        self.grad_scale = (norm / max_norm).clamp(min=1.0)
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the parameters that have gradients."""
-        if not self.bias_correction:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None and not self.state[param]:
-                        self.state[param] = {
-                            "step": torch.tensor(2.0**40, device=param.device),
-                            "exp_avg": torch.zeros_like(param),
-                            "exp_avg_sq": torch.zeros_like(param),
-                        }
-        return super().step(closure)
+        tables = {}  # whose gradients are rows
+        for param in self._with_gradients():
+            if not self.state[param]:
+                first = 0.0 if self.bias_correction else 2.0**40
+                self.state[param] = {
+                    "step": torch.tensor(first, device=param.device),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+            if param.grad.is_sparse:
+                tables[param], param.grad = param.grad.coalesce(), None
+        result = super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in tables:
+                    self._update_table(param, tables[param], group)
+        self.grad_scale = None
+        return result
+
+    def _with_gradients(self) -> list[Any]:
+        params = [param for group in self.param_groups for param in group["params"]]
+        return [param for param in params if param.grad is not None]
+
+    def _update_table(self, table: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Update a table [V, E] block by block; a block's gradient is made for it alone."""
+        state = self.state[table]
+        height = max(1, _BLOCK_ELEMENTS // table.shape[1])
+        ids, rows = grad.indices()[0], grad.values()  # in rising order
+        starts = torch.arange(0, len(table) + height, height)
+        cuts = torch.searchsorted(ids, starts).tolist()
+        buffer = torch.zeros_like(table[:height])
+        step = state["step"]
+        tensors = (table, state["exp_avg"], state["exp_avg_sq"])
+        for number, start in enumerate(range(0, len(table), height)):
+            weights, exp_avg, exp_avg_sq = (t[start : start + height] for t in tensors)
+            here = slice(cuts[number], cuts[number + 1])
+            places = ids[here] - start
+            buffer.index_copy_(0, places, rows[here])
+            step = state["step"].clone()
+            adamw(
+                *([weights], [buffer[: len(weights)]], [exp_avg], [exp_avg_sq], [], [step]),
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                grad_scale=self.grad_scale,
+            )
+            buffer.index_fill_(0, places, 0.0)
+        state["step"].copy_(step)
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -110,7 +176,6 @@ def build_optimizer(module: nn.Module, config: OptimConfig, lr: float) -> AdamW:
         lr=lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.epsilon,
-        fused=True,
         bias_correction=config.bias_correction,
     )
 

@@ -1,5 +1,6 @@
 """What does not go together is refused when a run is put together."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from ds_deberta.build import build_objective, refuse_mixing
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.model import load_model_config
+from tests.launch import ROOT
 
 
 def run_of(model: str, data_dir: Path) -> PretrainConfig:
@@ -20,6 +22,14 @@ def test_packed_documents_are_refused_for_a_model_with_a_convolution(packed_data
     run = run_of("xlarge-v2", packed_data_dir)
     message = "conv_kernel_size must be 0 for the packed documents of .* that of xlarge-v2 is 3"
     with pytest.raises(ValueError, match=message):
+        build_objective(run, tokenizer, torch.device("cpu"))
+
+
+def test_compiling_is_refused_with_zero_3(data_dir, tokenizer):
+    run = run_of("bert-base", data_dir)
+    zero3 = ROOT / "ds_configs/zero3_fp32.json"
+    run = replace(run, model=replace(run.model, compile=True), deepspeed_config=zero3)
+    with pytest.raises(ValueError, match="--compile does not go with ZeRO 3"):
         build_objective(run, tokenizer, torch.device("cpu"))
 
 

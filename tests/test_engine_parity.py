@@ -257,3 +257,23 @@ def test_gradient_norms_are_the_same_in_every_stage(trained: Path, stage: int) -
 
     assert (norms(1) > CLIP).any()  # clipping is at work
     torch.testing.assert_close(norms(stage), norms(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_compiled_layers_train_as_plain_pytorch(
+    expected: dict, packed_data_dir: Path, data_dir: Path, tokenizer: DebertaTokenizer, tmp_path
+) -> None:
+    """With rows of one document, of several, and with activations made again."""
+    cases = [
+        case("gdes", 0, "fp32") | {"name": "gdes_compiled", "data": str(data_dir)},
+        case("gdes", 1, "fp32") | {"name": "gdes_compiled_checkpointing", "data": str(data_dir)},
+        case("gdes", 2, "fp32") | {"name": "gdes_compiled_packed", "data": str(packed_data_dir)},
+    ]
+    worker = ROOT / "tests/workers/train_engines.py"
+    run_ranks(worker, json.dumps(cases), str(tmp_path), timeout=900)  # compilers take minutes
+    packed, _ = train_plainly("gdes", read_batches(packed_data_dir, tokenizer), tokenizer)
+    for each in cases:
+        truth = packed if "packed" in each["name"] else expected["gdes"][0]
+        losses = torch.tensor(losses_of(tmp_path, each["name"]))
+        torch.testing.assert_close(losses, torch.tensor(truth), rtol=0, atol=FP32_TOLERANCE)

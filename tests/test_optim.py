@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ds_deberta import optim
 from ds_deberta.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 
 
@@ -62,6 +64,34 @@ def test_adamw_is_the_written_formula(bias_correction):
         c1, c2 = (1 - 0.9**step, 1 - 0.999**step) if bias_correction else (1.0, 1.0)
         p = p - 0.01 * (m / c1 / ((v / c2).sqrt() + 1e-6) + 0.01 * p)
     torch.testing.assert_close(module.weight.detach().double(), p, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_rows_of_a_gradient_update_the_whole_table(monkeypatch, bias_correction):
+    """Blocks of 3 rows, the last one short; clipped; ids twice, none in the middle block."""
+    monkeypatch.setattr(optim, "_BLOCK_ELEMENTS", 3 * 4)
+    config = OptimConfig(weight_decay=0.01, bias_correction=bias_correction)
+    torch.manual_seed(0)
+    modules = [nn.ModuleDict({"table": nn.Embedding(8, 4), "bias": nn.Linear(1, 2)})]
+    modules.append(copy.deepcopy(modules[0]))
+    modules[0]["table"].sparse = True
+    optimizers = [build_optimizer(module, config, lr=0.01) for module in modules]
+    for ids in ([0, 7, 7, 1], [2, 6, 0, 0], [7, 7, 1, 7]):
+        norms = []
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            rows = module["table"](torch.tensor(ids))
+            (rows.square().sum() + module["bias"].bias.sum()).backward()
+            assert module["table"].weight.grad.is_sparse == module["table"].sparse
+            if module["table"].sparse:
+                norms.append(optimizer.clip(0.1))
+            else:
+                norms.append(nn.utils.clip_grad_norm_(module.parameters(), 0.1))
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(*norms)
+    rows, whole = (optimizer.state_dict() for optimizer in optimizers)
+    torch.testing.assert_close(rows, whole)
+    torch.testing.assert_close(*(dict(module.named_parameters()) for module in modules))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from ds_deberta.kernels.cpu_attention import cpu_attention
 from ds_deberta.kernels.dropout import Dropout, dropout
 from ds_deberta.kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
 from ds_deberta.kernels.reference import AttentionFn, disentangled_attention
+from ds_deberta.kernels.tied_lookup import tied_lookup
 
 __all__ = [
     "AttentionFn",
@@ -17,6 +18,7 @@ __all__ = [
     "dropout",
     "linear_cross_entropy",
     "select_attention",
+    "tied_lookup",
 ]
 
 ATTENTION_NAMES = ("auto", "cpu", "reference", "triton")

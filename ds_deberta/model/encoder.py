@@ -57,6 +57,7 @@ class DebertaModel(nn.Module):
         input_ids: Tensor,  # [B, L]
         attention_mask: Tensor,  # [B, L]
         base_embeddings: Tensor | None = None,  # [B, L, E]
+        word_rows: Tensor | None = None,  # [B, L, E]
         predicted_positions: Tensor | None = None,  # [B, P]
     ) -> Tensor:  # [B, L, E], or [B, P, E]
         """Encode a batch.
@@ -66,10 +67,11 @@ class DebertaModel(nn.Module):
             attention_mask: True where a real token is; or the number of its document, 0 for
                 padding. Documents of a row do not see each other.
             base_embeddings: The generator's `Embeddings.lookup` of these ids; for `gdes` and `es`.
+            word_rows: The word embeddings of these ids, if they have been looked up.
             predicted_positions: Return the states that predict the tokens here, and only those.
                 Needs the position table.
         """
-        hidden = self.embeddings(input_ids, attention_mask, base_embeddings)
+        hidden = self.embeddings(input_ids, attention_mask, base_embeddings, word_rows)
         if predicted_positions is None:
             return self.encoder(hidden, attention_mask)
         position_states = None
@@ -100,9 +102,11 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def lookup(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def lookup(
+        self, input_ids: Tensor, attention_mask: Tensor, word_rows: Tensor | None = None
+    ) -> Tensor:
         """Return [B, L, E], the sum of the tables that feed the input."""
-        embedded = self.word_embeddings(input_ids)
+        embedded = self.word_embeddings(input_ids) if word_rows is None else word_rows
         if self.position_biased_input:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             starts = document_starts(attention_mask)
@@ -116,6 +120,7 @@ class Embeddings(nn.Module):
         input_ids: Tensor,  # [B, L]
         attention_mask: Tensor,  # [B, L]
         base_embeddings: Tensor | None = None,  # [B, L, E]
+        word_rows: Tensor | None = None,  # [B, L, E]
     ) -> Tensor:  # [B, L, E]
         """Embed a batch; padding gives zeros."""
         if (base_embeddings is None) != (self.embedding_sharing == "nes"):
@@ -124,7 +129,7 @@ class Embeddings(nn.Module):
                 f"got {'none' if base_embeddings is None else 'some'} for {self.embedding_sharing}"
             )
         if base_embeddings is None:
-            embedded = self.lookup(input_ids, attention_mask)
+            embedded = self.lookup(input_ids, attention_mask, word_rows)
         elif self.embedding_sharing == "gdes":
             embedded = base_embeddings + self.lookup(input_ids, attention_mask)
         else:
@@ -139,10 +144,11 @@ class DeltaEmbedding(nn.Module):
         super().__init__()
         self._weight = nn.Parameter(torch.zeros(num_embeddings, size))
         self.padding_idx = padding_idx
+        self.sparse = False
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up rows."""
-        return F.embedding(ids, self._weight, self.padding_idx)
+        return F.embedding(ids, self._weight, self.padding_idx, sparse=self.sparse)
 
 
 class Encoder(nn.Module):
@@ -196,6 +202,11 @@ class Encoder(nn.Module):
         for _ in range(1 if position_states is None else DECODER_PASSES):
             states = layers[-1](hidden, attention_mask, relative, slots, states, query_positions)
         return states
+
+    def compile_layers(self) -> None:
+        """Compile each layer at its first call; those of one shape share the result."""
+        for layer in self.layer:
+            layer.compile(dynamic=False)  # a training has one shape: symbols cost minutes
 
     def _checkpointed(self, layer: nn.Module) -> Callable[..., Tensor]:
         """Return the layer, with activations made again in the backward pass where asked for."""

@@ -3,6 +3,8 @@
 Shapes: B batch, L length, P predicted positions, E hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from ds_deberta.kernels import (
     HeadOutput,
     disentangled_attention,
     linear_cross_entropy,
+    tied_lookup,
 )
 from ds_deberta.model.config import ACTIVATIONS, DebertaConfig
 from ds_deberta.model.documents import first_states
@@ -61,12 +64,14 @@ class DebertaForMaskedLM(nn.Module):
         Returns:
             The loss, 0-d, summed over the labels; predictions and samples, [B, P] each.
         """
+        words: Any = self.deberta.embeddings.word_embeddings
+        rows, table = tied_lookup(words.weight, input_ids, words.padding_idx)
         states = self.deberta(
-            input_ids, attention_mask, predicted_positions=predicted_positions
+            input_ids, attention_mask, word_rows=rows, predicted_positions=predicted_positions
         )  # [B, P, E]
         return self.lm_predictions["lm_head"](
             states,
-            self.deberta.embeddings.word_embeddings.weight,
+            table,
             labels,
             uniforms,
             num_tokens=num_tokens,

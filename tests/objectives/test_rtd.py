@@ -1,6 +1,7 @@
 """The objectives on plain torch engines: no DeepSpeed, no processes."""
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     return Batch(*(getattr(batch, field.name)[start:stop] for field in fields(batch)))
 
 
-def rtd(tokenizer: DebertaTokenizer, sharing: str, accumulation: int = 1) -> RTDObjective:
+def rtd(tokenizer: DebertaTokenizer, sharing: str, engine: Any = TorchEngine) -> RTDObjective:
     models = build_models("rtd", sharing, tokenizer)
-    engines = {name: TorchEngine(m, accumulation=accumulation) for name, m in models.items()}
+    engines = {name: engine(model) for name, model in models.items()}
     return RTDObjective(
         engines["generator"],
         engines["discriminator"],
@@ -98,7 +99,7 @@ def test_micro_batches_of_any_cut_give_the_update_of_the_whole_batch(tokenizer, 
             model = build_models("mlm", "nes", tokenizer)["model"]
             MLMObjective(TorchEngine(model, accumulation=len(edges))).train_step(micro_batches)
             return model.state_dict()
-        objective = rtd(tokenizer, sharing, accumulation=len(edges))
+        objective = rtd(tokenizer, sharing, partial(TorchEngine, accumulation=len(edges)))
         objective.train_step(micro_batches)
         return {
             f"{name}.{key}": value

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from ds_deberta.data import load_tokenizer
 from ds_deberta.data.loader import build_train_batches, build_valid_batches
@@ -36,7 +37,11 @@ def main() -> None:
         engines = {}
         for name, module in build_models(case["objective"], case["sharing"], tokenizer).items():
             lr = lrs.get(name, LR)
-            module.deberta.encoder.checkpoint_activations = "checkpointed" in case["name"]
+            module.deberta.encoder.checkpoint_activations = "checkpointing" in case["name"]
+            if "compiled" in case["name"]:
+                torch._dynamo.reset()
+                torch._dynamo.config.fail_on_recompile_limit_hit = True  # else: not compiled
+                module.deberta.encoder.compile_layers()
             facts = DeepSpeedFacts(
                 train_batch_size=BATCH,
                 micro_batch_size=BATCH // world_size() // 2,
