@@ -111,11 +111,10 @@ class Checkpointer:
         Raises:
             ValueError: the checkpoint belongs to a training with other settings.
         """
-        latest = self.latest()
+        latest = self.check()
         if latest is None:
             return TrainState()
         description = read_description(latest)
-        self._check_identity(latest, description["identity"])
         for name, engine in engines.items():
             engine.load(latest / name)
         _restore_random_states(torch.load(latest / "random" / f"rank_{rank():05d}.pt"))
@@ -126,6 +125,17 @@ class Checkpointer:
         )
         logger.info("resumed from %s", latest)
         return state
+
+    def check(self) -> Path | None:
+        """The checkpoint that `resume` would go on from, if there is one.
+
+        Raises:
+            ValueError: it belongs to a training with other settings.
+        """
+        latest = self.latest()
+        if latest is not None:
+            self._check_identity(latest, read_description(latest)["identity"])
+        return latest
 
     def latest(self) -> Path | None:
         """The newest checkpoint of this run, if there is one."""
