@@ -106,15 +106,6 @@ def json_optimizer_config(folder: Path) -> Path:
     return path
 
 
-def hierarchical_config(folder: Path, processes: int) -> Path:
-    """ZeRO-3 with a copy of the weights in each group of processes (hpZ), here all in one."""
-    config = json.loads((ROOT / "ds_configs/zero3_fp32.json").read_text())
-    config["zero_optimization"]["zero_hpz_partition_size"] = processes
-    path = folder / "zero3_fp32_hierarchical.json"
-    path.write_text(json.dumps(config))
-    return path
-
-
 BF16_CASES = [
     *(case(kind, stage, "bf16") for kind in ("mlm", "gdes", "es") for stage in STAGES),
     *(case("gdes", stage, "bf16_offload") for stage in (2, 3)),
@@ -126,7 +117,6 @@ PACKED_CASES = [
 CASES = [
     *(case(kind, stage, "fp32") for kind in KINDS for stage in STAGES),
     case("gdes", 1, "fp32_json_optimizer"),
-    case("gdes", 3, "fp32_hierarchical"),
     *(
         case("gdes", stage, "fp32") | {"name": f"gdes_zero{stage}_fp32_checkpointing"}
         for stage in STAGES
@@ -145,11 +135,9 @@ def trained(
 ) -> Path:
     out_dir = tmp_path_factory.mktemp(f"world{request.param}")
     by_json = str(json_optimizer_config(out_dir))
-    hierarchical = str(hierarchical_config(out_dir, request.param))
     cases = [
         each
         | ({"config": by_json} if "json" in each["name"] else {})
-        | ({"config": hierarchical} if "hierarchical" in each["name"] else {})
         | {"data": str(packed_data_dir if "packed" in each["name"] else data_dir)}
         for each in CASES
     ]
@@ -212,13 +200,6 @@ def test_activation_checkpointing_changes_nothing(
 @pytest.mark.distributed
 def test_an_optimizer_named_in_the_json_gets_the_recipe(trained: Path, expected: dict) -> None:
     losses = torch.tensor(losses_of(trained, "gdes_zero1_fp32_json_optimizer"))
-    truth = torch.tensor(expected["gdes"][0])
-    torch.testing.assert_close(losses, truth, rtol=0, atol=FP32_TOLERANCE)
-
-
-@pytest.mark.distributed
-def test_hierarchical_partition_changes_nothing(trained: Path, expected: dict) -> None:
-    losses = torch.tensor(losses_of(trained, "gdes_zero3_fp32_hierarchical"))
     truth = torch.tensor(expected["gdes"][0])
     torch.testing.assert_close(losses, truth, rtol=0, atol=FP32_TOLERANCE)
 
