@@ -21,9 +21,7 @@ On the way, one model after the other, whichever is most:
     update              0: gradients, and a copy to send, of 5e8 numbers at most. 1 to 3: its
                         gradients three times: as received, laid flat, in fp32
 
-A layer keeps for each token about 14 E + 2 I numbers (E hidden size, I feed-forward) and where
-attention is not fused (CPU) also 1 to 2 numbers and a mask byte for each head and key; with
-activation checkpointing E numbers. `tests/test_plan.py` holds the ledger against a training.
+Activations are counted, not estimated. `tests/test_plan.py` holds the plan against a training.
 
 Not counted: the interpreter, torch and NCCL themselves, data workers, fragmentation.
 """
