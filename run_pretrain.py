@@ -14,16 +14,18 @@ import sys
 from ds_deberta import build
 from ds_deberta.agreement import check_agreement, check_data
 from ds_deberta.checkpoint import SaveError
-from ds_deberta.config import PretrainConfig, parse
+from ds_deberta.config import Command, PretrainConfig, parse_command
 from ds_deberta.data import load_tokenizer
 from ds_deberta.data.sampler import SkippedSamples
-from ds_deberta.distributed import barrier, initialize, is_main, logger, shutdown
+from ds_deberta.distributed import barrier, find_place, initialize, is_main, logger, shutdown
 from ds_deberta.health import TrainingLostError
 from ds_deberta.hf import export_checkpoint
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.leftovers import own_temporary_folder
+from ds_deberta.plan import plan
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
+from ds_deberta.validate import validate
 from ds_deberta.watchdog import Watchdog
 
 
@@ -47,7 +49,7 @@ def pretrain(run: PretrainConfig) -> int:
             tokenizer.vocab_file
         )  # or else the run could end with nothing to export
         objective = build.build_objective(run, tokenizer, device)
-        checkpointer = build.build_checkpointer(run, tokenizer, objective)
+        checkpointer = build.build_checkpointer(run, tokenizer)
         state = checkpointer.resume(objective.engines)
         train_batches = build.build_train_batches(run, tokenizer, state)
         valid_batches = build.build_valid_batches(run, tokenizer)
@@ -108,10 +110,31 @@ def pretrain(run: PretrainConfig) -> int:
     return 0
 
 
+def look_ahead(command: Command) -> int:
+    """Check (`--validate`) or plan (`--plan`) a run; returns the status to end with."""
+    status = 0
+    try:
+        place = find_place(os.environ)
+        if place.local_rank:
+            return 0
+        for is_right, line in validate(command.run, place) if command.validate else ():
+            print(line, flush=True)  # noqa: T201
+            status = status if is_right else 2
+        if command.plan and place.rank == 0:
+            for line in plan(command.run, command.plan, command.tokens_per_second):
+                print(line, flush=True)  # noqa: T201
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"run_pretrain.py: {error}\n")
+        return 2
+    return status
+
+
 if __name__ == "__main__":
-    run = parse()
+    command = parse_command()
+    if command.validate or command.plan:
+        sys.exit(look_ahead(command))
     with own_temporary_folder():
-        status = pretrain(run)
+        status = pretrain(command.run)
         shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,6 +1,6 @@
 """Puts a run together: knows every part, does nothing per step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,25 +55,7 @@ def build_objective(
         ValueError: settings that do not go together, named.
     """
     configs = model_configs(run, tokenizer)
-    refuse_mixing(run, configs)
-    ds_configs = build_ds_configs(run, configs)
-    dtype = precision(next(iter(ds_configs.values())))
-    if run.objective == "rtd" and run.model.embedding_sharing == "es" and dtype == torch.float16:
-        raise ValueError(
-            "embedding_sharing es does not go with fp16: the two loss scales differ. "
-            "Use bf16, or embedding_sharing gdes."
-        )
-    if run.model.compile and any(zero_stage(config) == 3 for config in ds_configs.values()):
-        raise ValueError(
-            "--compile does not go with ZeRO 3, whose weights are not there yet when a layer is "
-            "compiled. Leave it out, or use a configuration up to ZeRO 2 (ds_configs/zero2_*.json)."
-        )
-    attend, reason = select_attention(
-        run.model.attention,
-        device=device,
-        dtype=dtype,
-        head_size=next(iter(configs.values())).head_size,  # a generator is as wide
-    )
+    ds_configs, attend, reason = settle(run, configs, device)
     logger.info(reason)
     engines = {
         name: initialize_engine(
@@ -97,9 +79,49 @@ def build_objective(
     )
 
 
-def model_configs(run: PretrainConfig, tokenizer: DebertaTokenizer) -> dict[str, DebertaConfig]:
-    """The architectures of a run by engine name, with the command line's changes in them."""
-    discriminator = replace(load_model_config(run.model.model), vocab_size=tokenizer.vocab_size)
+def settle(
+    run: PretrainConfig, configs: dict[str, DebertaConfig], device: torch.device
+) -> tuple[dict[str, dict[str, Any]], AttentionFn, str]:
+    """What models run on: all that is decided before there is one.
+
+    Returns:
+        The DeepSpeed configuration of each engine, the attention, and one line that says why it.
+
+    Raises:
+        ValueError: settings that do not go together, named.
+    """
+    refuse_mixing(run, configs)
+    ds_configs = build_ds_configs(run, configs)
+    dtype = precision(next(iter(ds_configs.values())))
+    if run.objective == "rtd" and run.model.embedding_sharing == "es" and dtype == torch.float16:
+        raise ValueError(
+            "embedding_sharing es does not go with fp16: the two loss scales differ. "
+            "Use bf16, or embedding_sharing gdes."
+        )
+    if run.model.compile and any(zero_stage(config) == 3 for config in ds_configs.values()):
+        raise ValueError(
+            "--compile does not go with ZeRO 3, whose weights are not there yet when a layer is "
+            "compiled. Leave it out, or use a configuration up to ZeRO 2 (ds_configs/zero2_*.json)."
+        )
+    attend, reason = select_attention(
+        run.model.attention,
+        device=device,
+        dtype=dtype,
+        head_size=next(iter(configs.values())).head_size,  # a generator is as wide
+    )
+    return ds_configs, attend, reason
+
+
+def model_configs(
+    run: PretrainConfig, tokenizer: DebertaTokenizer | None
+) -> dict[str, DebertaConfig]:
+    """The architectures of a run by engine name, with the command line's changes in them.
+
+    Without a tokenizer, for a plan: with the model's own number of words.
+    """
+    discriminator = load_model_config(run.model.model)
+    if tokenizer is not None:
+        discriminator = replace(discriminator, vocab_size=tokenizer.vocab_size)
     positions = max(discriminator.max_position_embeddings, run.data.max_seq_length)
     discriminator = replace(discriminator, max_position_embeddings=positions)
     configs = {"generator": generator_config(discriminator), "discriminator": discriminator}
@@ -114,7 +136,7 @@ def model_configs(run: PretrainConfig, tokenizer: DebertaTokenizer) -> dict[str,
         raise ValueError(
             f"{run.model.model} goes on from a checkpoint; give --init_{needed}{more} (see README)"
         )
-    if not sources:
+    if not sources or tokenizer is None:
         return configs
     configs = fit_configs(configs, sources, tokenizer, takes_sizes=is_continued)
     positions = min(config.max_position_embeddings for config in configs.values())
@@ -169,9 +191,9 @@ def peak_learning_rate(run: PretrainConfig, name: str) -> float:
 
 
 def build_ds_configs(
-    run: PretrainConfig, configs: dict[str, DebertaConfig]
+    run: PretrainConfig, configs: dict[str, DebertaConfig], *, runs_here: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """The DeepSpeed configuration of each engine."""
+    """The DeepSpeed configuration of each engine; see `load_ds_config`."""
     return {
         name: load_ds_config(
             run.deepspeed_config,
@@ -182,6 +204,7 @@ def build_ds_configs(
                 lr=peak_learning_rate(run, name),
                 optim=run.optim,
             ),
+            runs_here=runs_here,
         )
         for name, config in configs.items()
     }
@@ -261,9 +284,7 @@ def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Ite
     )
 
 
-def build_checkpointer(
-    run: PretrainConfig, tokenizer: DebertaTokenizer, objective: Objective
-) -> Checkpointer:
+def build_checkpointer(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Checkpointer:
     """Checkpoints that know what they may be resumed with.
 
     Raises:
@@ -303,22 +324,24 @@ def build_checkpointer(
     return checkpointer
 
 
+def training_flops(run: PretrainConfig, configs: Mapping[str, DebertaConfig]) -> int:
+    """Operations of training on one row: three forward passes of each model."""
+    length = run.data.max_seq_length
+    predictions = round(run.data.mask_prob * length)
+    return 3 * sum(
+        forward_flops(
+            config, length=length, predictions=None if name == "discriminator" else predictions
+        )
+        for name, config in configs.items()
+    )
+
+
 def build_metrics(
     run: PretrainConfig, tokenizer: DebertaTokenizer, device: torch.device, state: TrainState
 ) -> MetricTracker:
     """Opens the run's folder for writing: config.json, metrics.jsonl and TensorBoard."""
     configs = model_configs(run, tokenizer)
     dtype = precision(next(iter(build_ds_configs(run, configs).values())))
-    length, predictions = (
-        run.data.max_seq_length,
-        round(run.data.mask_prob * run.data.max_seq_length),
-    )
-    flops = 3 * sum(
-        forward_flops(
-            config, length=length, predictions=None if name == "discriminator" else predictions
-        )
-        for name, config in configs.items()
-    )
     if is_main():
         run.output_dir.mkdir(parents=True, exist_ok=True)
         (run.output_dir / "config.json").write_text(run.to_json() + "\n")
@@ -327,7 +350,7 @@ def build_metrics(
         run.output_dir,
         total_steps=run.train.num_training_steps,
         start_step=state.step,
-        flops_per_token=flops / length,
+        flops_per_token=training_flops(run, configs) / run.data.max_seq_length,
         peak_flops=measure_peak_flops(device, dtype) * world_size(),
     )
     metrics.log_text("config", run.to_json())

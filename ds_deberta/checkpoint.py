@@ -181,6 +181,19 @@ class Checkpointer:
         self._warn_of_little_space(engines)
         return state
 
+    def check(self) -> Path | None:
+        """The checkpoint that `resume` would go on from, if there is one.
+
+        Raises:
+            ValueError: as `resume`.
+        """
+        chosen = self._choose()
+        if chosen is None:
+            return None
+        path, description = chosen
+        self._check_identity(path, description["identity"])
+        return path
+
     def latest(self) -> Path | None:
         """The newest checkpoint of this run, whole or not, if there is one."""
         return next(iter(self._saved()), None)
@@ -382,7 +395,8 @@ def _remove(path: Path) -> None:
 
 def _find_damage(path: Path, description: Mapping[str, Any]) -> str | None:
     """Check a checkpoint's files, each on one rank; return what is wrong, the same on all."""
-    mine = sorted(description["files"])[rank() :: world_size()]
+    ranks = len(gather_objects(None))  # that are there, not only planned
+    mine = sorted(description["files"])[rank() :: ranks]
     damage = None
     try:
         check_files(path, {name: description["files"][name] for name in mine})

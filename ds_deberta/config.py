@@ -147,7 +147,22 @@ class PretrainConfig:
 _RTD_ONLY = {"embedding_sharing", "rtd_lambda", "temperature", "discriminator_learning_rate"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A run, and what to do in place of it."""
+
+    run: PretrainConfig
+    validate: bool
+    plan: Literal["cpu", "gpu"] | None
+    tokens_per_second: float | None
+
+
 def parse(argv: Sequence[str] | None = None) -> PretrainConfig:
+    """Read the run from the command line; see `parse_command`."""
+    return parse_command(argv).run
+
+
+def parse_command(argv: Sequence[str] | None = None) -> Command:
     """Read the command line.
 
     Errors in it end the program with status 2, after a line that says what is wrong.
@@ -161,10 +176,31 @@ def parse(argv: Sequence[str] | None = None) -> PretrainConfig:
     parser.add_argument("--config", type=Path, help="config.json of a run, to start from")
     # The launchers add it; the LOCAL_RANK variable is what counts.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    instead = parser.add_argument_group("Instead of training")
+    instead.add_argument(
+        "--validate",
+        action="store_true",
+        help="check settings, data and this machine; status 2 if something is wrong",
+    )
+    instead.add_argument(
+        "--plan",
+        nargs="?",
+        const="gpu",
+        choices=("cpu", "gpu"),
+        help="print the memory, disk and time that the run will need, on GPUs or CPUs "
+        "(default: gpu), for --expect_world_size processes; needs no GPU and no data",
+    )
+    instead.add_argument(
+        "--tokens_per_second",
+        type=float,
+        help="speed to plan with, of all processes together; default: the last one measured in "
+        "--output_dir",
+    )
     _add_flags(parser, PretrainConfig)
     args = vars(parser.parse_args(argv))
     args.pop("local_rank", None)
     config_file = args.pop("config")
+    instead_of_run = {name: args.pop(name) for name in ("validate", "plan", "tokens_per_second")}
     try:
         given = _read_config(config_file) | args if config_file else args
         for name in ("objective", "model", "output_dir"):
@@ -173,7 +209,7 @@ def parse(argv: Sequence[str] | None = None) -> PretrainConfig:
         if given["objective"] == "mlm" and (lost := sorted(args.keys() & _RTD_ONLY)):
             raise ValueError(f"--{lost[0]} does not go with --objective mlm")
         filled = recipe(given["objective"], given["model"]) | given
-        return _build(PretrainConfig, filled)
+        return Command(run=_build(PretrainConfig, filled), **instead_of_run)
     except ValueError as error:
         parser.exit(2, f"run_pretrain.py: {error}\n")
 

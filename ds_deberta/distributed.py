@@ -33,6 +33,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 _DEFAULT_PORT = 17006  # the original's
 _THIS_MACHINE = ("127.0.0.1", "localhost")
+_planned_world_size = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +143,7 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
             "each node with ./rtd.sh, ./mlm.sh or `python -m ds_deberta.launch`, which starts a "
             "process for each device, or unset WORLD_SIZE."
         )
-    if expect_world_size not in (None, place.world_size):
-        raise ValueError(
-            f"expect_world_size is {expect_world_size}, but there are {place.world_size} "
-            f"processes ({place}). Look at the launcher's options and its hostfile."
-        )
+    check_world_size(place, expect_world_size)
     logger.info("%s", place)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -201,6 +198,19 @@ def _local_store(place: Place, timeout: timedelta) -> Any:
     )
 
 
+def check_world_size(place: Place, expected: int | None) -> None:
+    """Refuse another number of processes than expected.
+
+    Raises:
+        ValueError: there is another.
+    """
+    if expected not in (None, place.world_size):
+        raise ValueError(
+            f"expect_world_size is {expected}, but there are {place.world_size} "
+            f"processes ({place}). Look at the launcher's options and its hostfile."
+        )
+
+
 def seed_everything(seed: int) -> None:
     """Seed python's, numpy's and torch's generators."""
     random.seed(seed)
@@ -220,6 +230,12 @@ def seed_step(seed: int, step: int) -> None:
         torch.cuda.manual_seed(value)  # of the current device; it waits for nothing
 
 
+def plan_world_size(size: int) -> None:
+    """Let `world_size` speak of processes that are only planned, in one that starts no group."""
+    global _planned_world_size
+    _planned_world_size = size
+
+
 def rank() -> int:
     """This process's number among all."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -227,7 +243,7 @@ def rank() -> int:
 
 def world_size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else _planned_world_size
 
 
 def is_main() -> bool:
@@ -266,8 +282,9 @@ def gather_across_ranks(tensor: Tensor) -> Tensor:
 
 def gather_objects(value: T) -> list[T]:
     """Collect a small object of every rank, in rank order, on every rank."""
-    values = [value] * world_size()
-    if world_size() > 1:
+    values = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values *= dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
 

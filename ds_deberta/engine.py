@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402 - the accelerator and the log level must be set before
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ds_deberta.distributed import world_size  # noqa: E402
@@ -76,6 +78,11 @@ _OWNED_KEYS = {  # what DeepSpeed knows but the command line decides
     "amp": "bf16 or fp16",
 }
 _OFFLOADED = ("optimizer", "param")
+_BATCH_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
 # Elements sent at once. Smaller ones cost more in latency than they hide.
 _SMALLEST_BUCKET = 2**20
 
@@ -128,13 +135,19 @@ class DeepSpeedFacts:
         }
 
 
-def load_ds_config(path: Path, facts: DeepSpeedFacts) -> dict[str, Any]:
+def load_ds_config(path: Path, facts: DeepSpeedFacts, *, runs_here: bool = True) -> dict[str, Any]:
     """Read a DeepSpeed JSON, fill its "auto" values and check it against the recipe.
+
+    Args:
+        path: of the JSON.
+        facts: of the recipe.
+        runs_here: False for a plan, which may ask for what this machine does not have.
 
     Raises:
         ValueError: not JSON, a key that DeepSpeed does not know (it would ignore it silently),
-            one that the command line owns, a value that differs from the command line's, or an
-            "auto" that stands for nothing.
+            one that the command line owns, a value that differs from the command line's, an
+            "auto" that stands for nothing, options that do not go together, or a device or a
+            folder that this machine does not have.
     """
     config = _read_json(path)
     _check_keys(path, config)
@@ -163,13 +176,22 @@ def load_ds_config(path: Path, facts: DeepSpeedFacts) -> dict[str, Any]:
         config["zero_force_ds_cpu_optimizer"] = False
     _check_precision(path, config)
     _check_skipping(path, config)
-    _check_offload(path, config)
+    _check_values(path, config)
+    _check_sharding(path, config)
+    if runs_here:
+        _check_machine(path, config)
+        _check_offload(path, config)
     return config
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
     return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def offload_device(config: Mapping[str, Any], what: str) -> str:
+    """Where a DeepSpeed configuration keeps `optimizer` or `param`: none, cpu or nvme."""
+    return _get(config, f"zero_optimization.offload_{what}.device") or "none"
 
 
 def precision(config: Mapping[str, Any]) -> torch.dtype:
@@ -389,11 +411,72 @@ def _check_precision(path: Path, config: Mapping[str, Any]) -> None:
             f"{path} enables torch_autocast in float16, whose skipped updates DeepSpeed does not "
             "report. Use bfloat16 there, or fp16 (ds_configs/zero1_fp16.json)."
         )
-    if enabled == ["fp16"] and not torch.cuda.is_available():
+
+
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Have DeepSpeed's own model of its configuration read it."""
+    own = {name: value for name, value in config.items() if name not in _BATCH_KEYS}
+    try:
+        with _quiet():
+            DeepSpeedConfig(own | {"train_micro_batch_size_per_gpu": 1})
+    except pydantic.ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()
+        )
+        raise ValueError(f"{path}, in {error.title}: {wrong}") from None
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is refused by DeepSpeed: {error}") from None
+
+
+def _check_sharding(path: Path, config: Mapping[str, Any]) -> None:
+    stage, options = zero_stage(config), config.get("zero_optimization", {})
+    needs_stage_3 = {
+        "offload_param": offload_device(config, "param") != "none",
+        "offload_optimizer.device nvme": offload_device(config, "optimizer") == "nvme",
+        "zero_hpz_partition_size": options.get("zero_hpz_partition_size", 1) > 1,
+        "zero_quantized_weights": options.get("zero_quantized_weights", False),
+        "zero_quantized_gradients": options.get("zero_quantized_gradients", False),
+    }
+    if stage != 3 and (early := [name for name, is_set in needs_stage_3.items() if is_set]):
+        raise ValueError(
+            f"{path} sets {early[0]}, which needs ZeRO stage 3; got stage {stage}. Take one of "
+            "ds_configs/zero3_*.json."
+        )
+    group = options.get("zero_hpz_partition_size", 1)
+    if world_size() % group:
+        raise ValueError(
+            f"{path}: zero_hpz_partition_size must be the processes of one node, of which the "
+            f"{world_size()} in all are a multiple; got {group}. On one node take "
+            "ds_configs/zero3_bf16.json."
+        )
+
+
+def _check_machine(path: Path, config: Mapping[str, Any]) -> None:
+    if config.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
         raise ValueError(
             f"{path} enables fp16, which needs a GPU. On a CPU use bf16 "
             "(ds_configs/zero1_bf16.json) or fp32 (ds_configs/zero0_fp32.json)."
         )
+    options = config.get("zero_optimization", {})
+    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if options.get(name) and not torch.cuda.is_available():
+            raise ValueError(
+                f"{path} sets {name}, which needs a GPU. On a CPU use ds_configs/zero3_bf16.json."
+            )
+    for name in ("optimizer", "param"):
+        if offload_device(config, name) != "nvme":
+            continue
+        folder = _get(options, f"offload_{name}.nvme_path")
+        if folder is None or not os.access(folder, os.W_OK):
+            raise ValueError(
+                f"{path}: offload_{name}.nvme_path must be a folder on an NVMe disk that can be "
+                f"written; got {folder}. Put this machine's into a copy of the file."
+            )
+        if not deepspeed.ops.__compatible_ops__.get("async_io"):
+            raise ValueError(
+                f"{path} offloads to NVMe, which needs libaio to build DeepSpeed's async_io: "
+                "apt-get install libaio-dev"
+            )
 
 
 def _check_skipping(path: Path, config: Mapping[str, Any]) -> None:

@@ -104,6 +104,7 @@ def check_options(
             file = options[i].partition("=")[2] or " ".join(options[i + 1 : i + 2])
             if not Path(file).is_file():
                 raise ValueError(f"there is no hostfile {file!r}; hostfiles/ has examples")
+            check_hostfile(Path(file))
             _check_exports()
             _check_words(command)
     placing = [name for name in names if name in _PLACING]
@@ -142,6 +143,29 @@ def placing_options(
     if procs_per_node is None and not torch.cuda.is_available():
         procs_per_node = 1  # deepspeed would start one for each NUMA node
     return [] if procs_per_node is None else ["--num_accelerators", str(procs_per_node)]
+
+
+def check_hostfile(file: Path) -> None:
+    """Name the line of a hostfile that `deepspeed` would not read.
+
+    Raises:
+        ValueError: a line that is no node, a node that is there twice, or no node at all.
+    """
+    nodes: set[str] = set()
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?", line.strip())
+        if not match:
+            raise ValueError(
+                f"{file}, line {number}, must be NODE slots=DEVICES, one device at least; got "
+                f"{line!r}"
+            )
+        if match[1] in nodes:
+            raise ValueError(f"{file}, line {number}, names {match[1]} again; one line for each")
+        nodes.add(match[1])
+    if not nodes:
+        raise ValueError(f"{file} names no node; write lines NODE slots=DEVICES")
 
 
 def _check_exports() -> None:

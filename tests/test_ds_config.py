@@ -1,10 +1,18 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ds_deberta.engine import DeepSpeedFacts, load_ds_config, precision, zero_stage
+from ds_deberta.distributed import plan_world_size
+from ds_deberta.engine import (
+    DeepSpeedFacts,
+    load_ds_config,
+    offload_device,
+    precision,
+    zero_stage,
+)
 from ds_deberta.optim import OptimConfig
 from tests.launch import ROOT
 
@@ -27,18 +35,81 @@ def write(tmp_path: Path, **config) -> Path:
     return path
 
 
+@pytest.fixture
+def sixteen_processes():
+    plan_world_size(16)
+    yield
+    plan_world_size(1)
+
+
+NEEDS = {"fp16": "fp16, which needs a GPU", "zeropp": "which needs a GPU", "nvme": "NVMe disk"}
+NEEDS |= {"offload": None, "bf16": None, "fp32": None}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_resolves(path):
-    if "fp16" in path.stem and not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="fp16, which needs a GPU"):
-            load_ds_config(path, facts())
-        return
-    config = load_ds_config(path, facts())
+def test_every_shipped_config_is_what_its_name_says(path, sixteen_processes):
+    """DeepSpeed's own model of its configuration has read it, too."""
+    config = load_ds_config(path, replace(facts(), train_batch_size=1024), runs_here=False)
     assert '"auto"' not in json.dumps(config)
     assert config["gradient_accumulation_steps"] == 8
     assert config["gradient_clipping"] == 1.0
-    assert f"zero{zero_stage(config)}" in path.stem
-    assert {torch.bfloat16: "bf16", torch.float32: "fp32"}[precision(config)] in path.stem
+    stage, kind, *options = path.stem.split("_")
+    assert stage == f"zero{zero_stage(config)}"
+    assert (
+        kind
+        == {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[precision(config)]
+    )
+    zero = config["zero_optimization"]
+    offload = {name: offload_device(config, name) for name in ("optimizer", "param")}
+    inner = "cpu" if stage == "zero3" else "none"
+    match options:
+        case ["offload"]:
+            assert offload == {"optimizer": "cpu", "param": inner}
+        case ["nvme"]:
+            assert offload == {"optimizer": "nvme", "param": "cpu"}
+            assert config["aio"]
+        case ["zeropp"]:
+            assert zero["zero_hpz_partition_size"] == 8
+            assert zero["zero_quantized_weights"]
+            assert zero["zero_quantized_gradients"]
+        case _:
+            assert offload == {"optimizer": "none", "param": "none"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has what these need")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_this_machine_lacks_is_named(path, sixteen_processes):
+    needed = next(message for kind, message in NEEDS.items() if kind in path.stem)
+    wide = replace(facts(), train_batch_size=1024)
+    if needed is None:
+        load_ds_config(path, wide)
+    else:
+        with pytest.raises(ValueError, match=needed):
+            load_ds_config(path, wide)
+
+
+def test_values_that_deepspeed_refuses_are_named(tmp_path):
+    path = write(tmp_path, zero_optimization={"stag": 3})
+    with pytest.raises(ValueError, match="DeepSpeedZeroConfig: stag: Extra inputs"):
+        load_ds_config(path, facts())
+    path = write(tmp_path, zero_optimization={"stage": 7})
+    with pytest.raises(ValueError, match="stage: Input should be"):
+        load_ds_config(path, facts())
+
+
+@pytest.mark.parametrize(
+    "option", [{"offload_param": {"device": "cpu"}}, {"zero_hpz_partition_size": 2}]
+)
+def test_options_of_stage_3_are_refused_elsewhere(tmp_path, option):
+    path = write(tmp_path, zero_optimization={"stage": 2} | option)
+    with pytest.raises(ValueError, match=f"sets {next(iter(option))}, which needs ZeRO stage 3"):
+        load_ds_config(path, facts())
+
+
+def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
+    path = write(tmp_path, zero_optimization={"stage": 3, "zero_hpz_partition_size": 8})
+    with pytest.raises(ValueError, match="of which the 1 in all are a multiple; got 8"):
+        load_ds_config(path, facts())
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ import pytest
 from ds_deberta.distributed import find_place
 from ds_deberta.launch import (
     _alive,
+    check_hostfile,
     check_options,
     exit_status,
     find_node,
     placing_options,
     split_command,
 )
+from tests.launch import ROOT
 
 ONE = find_place({})
 NODE = find_place({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "5"})
@@ -70,6 +72,26 @@ def test_a_line_that_crashes_deepspeed_is_named(line, tmp_path, monkeypatch):
     file.write_text(f"A=1\n{line}\n")
     with pytest.raises(ValueError, match=r"deepspeed_env, line 2, must be NAME=VALUE"):
         check_options(["-H", "hosts"], ONE, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node1 slots=8\nnode2\n", "line 2, must be NODE slots=DEVICES"),
+        ("node1 slots=0\n", "line 1, must be NODE slots=DEVICES"),
+        ("node1 slots=8\n\nnode1 slots=8\n", "line 3, names node1 again"),
+        ("# nobody\n\n", "names no node"),
+    ],
+)
+def test_a_hostfile_that_deepspeed_would_not_read_is_refused(text, message, tmp_path):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        check_options(["-H", str(tmp_path / "hosts")], ONE, None)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "hostfiles").iterdir()), ids=lambda file: file.name)
+def test_the_shipped_hostfiles_are_right(file):
+    check_hostfile(file)
 
 
 def test_a_process_is_not_launched_again():

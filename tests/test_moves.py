@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_deberta import hf
+from ds_deberta import build, hf
+from ds_deberta.config import parse
+from ds_deberta.data import load_tokenizer
+from ds_deberta.plan import checkpoint_bytes, shape_of
 from tests.checkpoints import tensors
 from tests.launch import ROOT, run_ranks
 
@@ -142,6 +145,21 @@ def test_what_a_run_saved_is_exported_without_deepspeed(runs: Path, tmp_path: Pa
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"generator/weights-00001.* has another sha256"):
         hf.export_checkpoint(damaged, tmp_path / "out2")
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_is_as_large_as_planned(runs: Path) -> None:
+    run = parse(["--config", str(runs / "gdes_whole" / "config.json")])
+    configs = build.model_configs(run, load_tokenizer(run.data.data_dir))
+    ds_config = build.build_ds_configs(run, configs)["generator"]
+    saved = runs / f"gdes_whole/checkpoints/step_{STEPS:07d}"
+    held = sum(
+        tensor.nbytes
+        for model in ("generator", "discriminator")
+        for kind in ("weights", "exp_avg", "exp_avg_sq")
+        for tensor in tensors(saved / model, kind).values()
+    )
+    assert checkpoint_bytes(shape_of(run, configs, ds_config, "cpu")) == held
 
 
 @pytest.mark.distributed

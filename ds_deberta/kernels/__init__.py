@@ -17,6 +17,7 @@ __all__ = [
     "disentangled_attention",
     "dropout",
     "linear_cross_entropy",
+    "plan_attention",
     "select_attention",
     "tied_lookup",
 ]
@@ -57,6 +58,24 @@ def select_attention(
         chosen, why = "reference", f"{fast} needs {obstacle}"
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}, heads of {head_size}"
     return _function(chosen), f"attention: {chosen} on {where}: {why}"
+
+
+def plan_attention(name: str, *, device: str, head_size: int) -> AttentionFn:
+    """The attention that `select_attention` would pick on a `cpu` or a new `gpu`, wherever this is.
+
+    Raises:
+        ValueError: a GPU's, without the package triton.
+    """
+    if name == "auto":
+        name = "cpu" if device == "cpu" else "triton"
+    if name == "triton":
+        if find_spec("triton") is None:
+            raise ValueError("a plan for GPUs needs the package triton; install it")
+        from ds_deberta.kernels import triton_attention
+
+        if head_size not in triton_attention.HEAD_SIZES:
+            name = "reference"
+    return _function(name)
 
 
 def _function(name: str) -> AttentionFn:

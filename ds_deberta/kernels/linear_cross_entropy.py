@@ -19,8 +19,9 @@ from torch import Tensor
 BLOCK = 64
 """Ids that share one sum. More need less memory for the sums, but a longer second look."""
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
-"""Logits that live at a time: on a CPU they stay in its cache, on a GPU they keep it busy."""
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
+"""Logits that live at a time: on a CPU they stay in its cache, on a GPU they keep it busy. A plan
+for GPUs runs on meta."""
 
 KEPT_BYTES = 2**26
 """Logits for the backward pass; those of a greater product are made again, chunk by chunk."""
@@ -62,7 +63,7 @@ def linear_cross_entropy(
         temperature: Divides the logits of the samples.
     """
     device = states.device.type
-    is_autocast = torch.is_autocast_enabled(device)
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_autocast else states.dtype
     num_tokens = len(weight) if num_tokens is None else num_tokens
     has_backward = torch.is_grad_enabled()

@@ -125,7 +125,7 @@ def disentangled_attention(
         [B, H, L, D]
     """
     states = [q, k, v, pos_key, pos_query]
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         states = [x if x is None else x.to(dtype) for x in states]
     seed = None

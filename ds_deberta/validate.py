@@ -1,0 +1,212 @@
+"""`--validate`: everything that can be wrong before a training starts, all of it at once.
+
+The checks of a start are the ones that a start makes itself, called here one by one; nothing is
+trained, and no process group is made. Under a launcher the first process of each node checks its
+node. Alone, one process stands for the `expect_world_size` that are planned.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+from ds_deberta import build
+from ds_deberta.checkpoint import TrainState
+from ds_deberta.config import PretrainConfig
+from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
+from ds_deberta.distributed import Place, check_world_size, plan_world_size, world_size
+from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.plan import checkpoint_bytes, shape_of
+
+_LOCK_MINUTES = 10
+_NCCL_SHM_BYTES = 2**30  # what NCCL's documentation asks of a container: --shm-size=1g
+
+
+def validate(run: PretrainConfig, place: Place) -> Iterator[tuple[bool, str]]:
+    """Make every check.
+
+    Args:
+        run: what would be trained.
+        place: of this process; of one process, `expect_world_size` stand for more.
+
+    Yields:
+        Whether it is right, and a line that says what it is, or what is wrong and what to do.
+    """
+    checks = _Checks()
+    if place.world_size > 1:
+        yield checks.make("processes", lambda: check_world_size(place, run.expect_world_size))
+    plan_world_size(place.world_size if place.world_size > 1 else run.expect_world_size or 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    yield checks.make("batch", lambda: _describe_batch(run))
+    yield checks.make("vocabulary", lambda: _load_vocabulary(run))
+    tokenizer = checks.results["vocabulary"]
+    yield checks.make("model", lambda: build.model_configs(run, tokenizer), needs="vocabulary")
+    configs = checks.results["model"]
+    yield checks.make(
+        "DeepSpeed, attention", lambda: build.settle(run, configs, device), needs="model batch"
+    )
+    if run.model.init_model or run.model.init_generator or run.model.init_discriminator:
+        yield checks.make(
+            "initial weights",
+            lambda: build.build_models(run, configs, checks.results["DeepSpeed, attention"][1]),
+            needs="model, DeepSpeed, attention",
+        )
+    in_this_process = replace(run, data=replace(run.data, num_workers=0))
+    yield checks.make(
+        "training rows",
+        lambda: build.build_train_batches(in_this_process, tokenizer, TrainState()),
+        needs="vocabulary, batch",
+    )
+    yield checks.make(
+        "held-out rows",
+        lambda: build.build_valid_batches(in_this_process, tokenizer),
+        needs="vocabulary, batch",
+    )
+    yield checks.make("checksums", lambda: _verify(run), needs="vocabulary")
+    yield checks.make(
+        "checkpoint to go on from",
+        lambda: build.build_checkpointer(run, tokenizer).check(),
+        needs="DeepSpeed, attention",
+    )
+    yield checks.make("output folder", lambda: check_writable(run.output_dir))
+    yield checks.make(
+        "disk space",
+        lambda: _check_disk(run, configs, checks.results["DeepSpeed, attention"][0]),
+        needs="DeepSpeed, attention",
+    )
+    yield checks.make("shared memory", lambda: check_shm(run, place.local_world_size))
+    yield checks.make("leftovers of dead processes", check_leftovers)
+    yield checks.make("locks of dead builds", check_build_locks)
+
+
+class _Checks:
+    """Makes checks that may need others' results, whatever these came to."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, Any] = {}
+
+    def make(self, name: str, check: Callable[[], Any], needs: str = "") -> tuple[bool, str]:
+        failed = [other for other, result in self.results.items() if result is _FAILED]
+        if missing := [other for other in failed if other in needs]:
+            self.results[name] = _FAILED
+            return False, f"-      {name}: not checked, for it needs {missing[0]}"
+        try:
+            self.results[name] = result = check()
+        except (ValueError, OSError) as error:
+            self.results[name] = _FAILED
+            return False, f"WRONG  {name}: {error}"
+        return True, f"ok     {name}" + (f": {result}" if isinstance(result, str) else "")
+
+
+_FAILED = object()
+
+
+def _describe_batch(run: PretrainConfig) -> str:
+    rows = run.train.micro_batch(world_size())
+    micro_batches = run.train.train_batch_size // (rows * world_size())
+    return f"{world_size()} processes x {micro_batches} micro-batches x {rows} rows"
+
+
+def _load_vocabulary(run: PretrainConfig) -> Any:
+    tokenizer = load_tokenizer(run.data.data_dir)
+    build_fast_tokenizer(tokenizer.vocab_file)
+    return tokenizer
+
+
+def _verify(run: PretrainConfig) -> str:
+    manifest = Manifest.load(run.data.data_dir)
+    for split in manifest.splits:
+        ShardDataset(run.data.data_dir, split, manifest).verify()
+    return f"{sum(len(split.shards) for split in manifest.splits.values())} shards"
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that can not be made or written, without making it."""
+    there = _nearest(folder)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{folder} can not be written: {there}: {error.strerror}. Give another --output_dir."
+        ) from None
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the one it would be made in."""
+    return next(each for each in (folder, *folder.absolute().parents) if each.exists())
+
+
+def _check_disk(run: PretrainConfig, configs: Any, ds_configs: Any) -> str:
+    ds_config = next(iter(ds_configs.values()))
+    size = checkpoint_bytes(shape_of(run, configs, ds_config, "cpu"))
+    saves = -(-run.train.num_training_steps // run.train.dump_interval)
+    keep = run.train.keep_checkpoints
+    there = run.output_dir / "checkpoints"
+    used = sum(file.stat().st_size for file in there.rglob("*") if file.is_file())
+    return check_disk(run.output_dir, needed=size * (keep + 1 if keep else saves) - used)
+
+
+def check_disk(folder: Path, *, needed: int) -> str:
+    """Refuse a folder whose disk has not `needed` bytes left."""
+    free = shutil.disk_usage(_nearest(folder)).free
+    if free < needed:
+        raise ValueError(
+            f"the checkpoints need {needed / 2**30:,.1f} GiB in {folder}, and {free / 2**30:,.1f} "
+            "GiB are free. Make room, give another --output_dir, or keep fewer "
+            "(--keep_checkpoints)."
+        )
+    return f"{free / 2**30:,.1f} GiB free, {max(0, needed) / 2**30:,.1f} GiB needed"
+
+
+def check_shm(run: PretrainConfig, local_processes: int, shm: Path = Path("/dev/shm")) -> str:
+    """Refuse less shared memory than the data workers' batches and NCCL take."""
+    rows = run.train.micro_batch_size or 32
+    batch = rows * run.data.max_seq_length * 16  # ids and, in bytes, at most as much beside them
+    needed = local_processes * run.data.num_workers * 3 * batch  # two wait, one is being made
+    if torch.cuda.is_available():
+        needed += _NCCL_SHM_BYTES
+    free = shutil.disk_usage(shm).free if shm.is_dir() else 0
+    if free < needed:
+        raise ValueError(
+            f"{shm} has {free / 2**20:,.0f} MiB free, and {needed / 2**20:,.0f} are needed for "
+            "batches and NCCL. In a container start it with --shm-size=1g or more; else remove "
+            "what lies there, or take fewer --num_workers."
+        )
+    return f"{free / 2**20:,.0f} MiB free in {shm}"
+
+
+def check_leftovers(shm: Path = Path("/dev/shm")) -> None:
+    """Name DeepSpeed's shared memory that no process uses: 66 MiB of it for each rank of a run."""
+    files = [file for file in shm.glob("deepspeed_*") if file.stat().st_uid == os.getuid()]
+    if not files:
+        return
+    used = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            used |= set(re.findall(rf"{re.escape(str(shm))}/deepspeed_\S+", maps.read_text()))
+        except OSError:
+            continue  # it has just ended, or is another user's
+    if dead := [str(file) for file in files if str(file) not in used]:
+        raise ValueError(f"no process uses these any more: rm {' '.join(sorted(dead))}")
+
+
+def check_build_locks() -> None:
+    """Name locks that a killed build of a torch extension left: the next one waits for ever."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    old = time.time() - 60 * _LOCK_MINUTES
+    locks = [lock for lock in root.glob("**/lock") if lock.stat().st_mtime < old]
+    if locks:
+        raise ValueError(
+            f"older than {_LOCK_MINUTES} minutes, so that a build waits for them for ever, unless "
+            f"another one is running: rm {' '.join(map(str, sorted(locks)))}"
+        )

@@ -1,0 +1,86 @@
+"""--plan says what a training takes."""
+
+import json
+
+import pytest
+import torch
+
+from ds_deberta.config import parse
+from ds_deberta.distributed import plan_world_size
+from ds_deberta.model import MODELS, generator_config
+from ds_deberta.plan import Shape, count_parameters, plan
+from tests.launch import ROOT, run_ranks
+
+CONFIGS = ["zero0_fp32", "zero1_bf16", "zero3_bf16"]
+PROMISED = 0.1
+
+
+@pytest.fixture(autouse=True)
+def _one_process_again():
+    yield
+    plan_world_size(1)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("memory")
+    model = MODELS["deberta-v3-nano"].to_dict() | {"vocab_size": 4096, "hidden_dropout_prob": 0.1}
+    (folder / "config.json").write_text(json.dumps(model))
+    run_ranks(
+        ROOT / "tests/workers/count_memory.py",
+        *(str(folder / "out.json"), str(folder / "config.json"), *CONFIGS),
+        world_size=2,
+    )
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory_is_that_of_a_training(counted, name):
+    planned, real = counted[name]
+    assert planned == pytest.approx(real, rel=PROMISED)
+
+
+def shape(objective: str = "rtd", **changes) -> Shape:
+    discriminator = MODELS["deberta-v3-base"]
+    configs = {"generator": generator_config(discriminator), "discriminator": discriminator}
+    values = {
+        "objective": objective,
+        "configs": tuple(configs.items()),
+        "embedding_sharing": "gdes",
+        "rows": 4,
+        "length": 128,
+        "predictions": 19,
+        "accumulates": False,
+        "checkpoints_activations": False,
+        "attention": "auto",
+        "dtype": torch.bfloat16,
+        "autocast": False,
+        "device": "gpu",
+    }
+    return Shape(**values | changes)
+
+
+def test_parameters_are_those_of_the_published_model():
+    """deberta-v3-base: 86 M in the backbone and 98 M in the table, by its model card."""
+    counts = count_parameters(shape())["discriminator"]
+    assert counts["backbone"] == pytest.approx(86e6, rel=0.01)
+    assert counts["embeddings"] == 128100 * 768 + 2 * 768
+
+
+def test_a_large_run_is_planned_without_gpu_and_data(tmp_path):
+    run = parse(
+        [
+            *("--objective", "rtd", "--model", "deberta-v3-nano", "--output_dir", str(tmp_path)),
+            *("--data_dir", str(tmp_path / "none"), "--expect_world_size", "32"),
+            *("--micro_batch_size", "2"),
+            *("--deepspeed_config", str(ROOT / "ds_configs/zero1_fp16.json")),
+        ]
+    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "tokens_per_second": 1000.0}\n')
+    text = "\n".join(plan(run, "gpu", None))
+    assert "Memory of each of 32 processes on a GPU" in text
+    assert "(this run)" in text
+    assert "Time: 0.1 days, 1.3 hours, at 1,000 tokens/s" in text  # 2,300 x 64 x 32 tokens
+    faster = "\n".join(plan(run, "gpu", 1e6))
+    assert "at 1,000,000 tokens/s (--tokens_per_second)" in faster

@@ -1,0 +1,125 @@
+"""--validate names everything that is wrong, all at once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_deberta.config import parse
+from ds_deberta.distributed import find_place, plan_world_size
+from ds_deberta.validate import (
+    check_build_locks,
+    check_disk,
+    check_leftovers,
+    check_shm,
+    validate,
+)
+from tests.launch import ROOT, clean_environment
+
+ONE = find_place({})
+
+
+@pytest.fixture(autouse=True)
+def _one_process_again():
+    yield
+    plan_world_size(1)
+
+
+def flags(data_dir: Path, model: Path, output_dir: Path, *more: str) -> list[str]:
+    return [
+        *("--objective", "rtd", "--model", str(model), "--data_dir", str(data_dir)),
+        *("--output_dir", str(output_dir), "--max_seq_length", "32", "--train_batch_size", "8"),
+        *more,
+    ]
+
+
+@pytest.fixture
+def command(data_dir, tiny_model_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    return lambda *more, data=data_dir: flags(data, tiny_model_file, tmp_path / "run", *more)
+
+
+def wrong(*argv: str) -> list[str]:
+    return [line for is_right, line in validate(parse(argv), ONE) if not is_right]
+
+
+def test_a_run_that_would_start_is_right_and_nothing_is_written(command, tmp_path):
+    assert wrong(*command("--expect_world_size", "4")) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_wrong_is_named_in_one_go(command, data_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    shard = data / "train" / "00001.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (tmp_path / "run").write_text("a file")
+    lock = tmp_path / "extensions" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    lines = wrong(*command("--deepspeed_config", "ds_configs/zero9.json", data=data))
+    found = "\n".join(lines)
+    assert "no DeepSpeed configuration at ds_configs/zero9.json" in found
+    assert f"{shard} is not what was written" in found
+    assert "run can not be written" in found
+    assert f"rm {lock}" in found
+    assert "disk space: not checked, for it needs DeepSpeed" in found
+
+
+def test_each_part_of_the_data_is_checked(command, data_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    with (data / "spm.model").open("ab") as file:
+        file.write(b"x")
+    assert any(line.startswith("WRONG  vocabulary") for line in wrong(*command(data=data)))
+    short = wrong(*command("--max_seq_length", "16"))
+    assert any("max_seq_length must be at least" in line for line in short)
+
+
+def test_a_batch_is_checked_for_the_planned_processes(command):
+    assert any(
+        "train_batch_size must be a multiple of the 3 processes" in line
+        for line in wrong(*command("--expect_world_size", "3"))
+    )
+
+
+def test_space_is_checked(command, tmp_path):
+    assert "GiB free" in check_disk(tmp_path / "new", needed=1)
+    with pytest.raises(ValueError, match="GiB are free"):
+        check_disk(tmp_path / "new", needed=2**60)
+    with pytest.raises(ValueError, match="0 MiB free"):
+        check_shm(parse(command()), 1, shm=tmp_path / "none")
+
+
+def test_shared_memory_of_dead_processes_is_named(tmp_path):
+    check_leftovers(tmp_path)
+    (tmp_path / "deepspeed_allreduce_buffer_0").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"rm .*deepspeed_allreduce_buffer_0"):
+        check_leftovers(tmp_path)
+
+
+def test_a_young_lock_is_a_build_at_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "lock").touch()
+    check_build_locks()
+
+
+def test_the_command_ends_with_the_status(command):
+    done = subprocess.run(
+        [sys.executable, "run_pretrain.py", *command("--validate", "--expect_world_size", "3")],
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "WRONG  batch" in done.stdout
+    assert "ok     checksums: " in done.stdout
