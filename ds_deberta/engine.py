@@ -189,6 +189,11 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+def keeps_rows(config: Mapping[str, Any]) -> bool:
+    """Whether gradients of tables stay rows, on a CPU: without ZeRO, by our own AdamW."""
+    return zero_stage(config) == 0 and "optimizer" not in config
+
+
 def offload_device(config: Mapping[str, Any], what: str) -> str:
     """Where a DeepSpeed configuration keeps `optimizer` or `param`: none, cpu or nvme."""
     return _get(config, f"zero_optimization.offload_{what}.device") or "none"
@@ -334,7 +339,7 @@ def initialize_engine(
         clip = ds_config.get("gradient_clipping", 0.0)
         ds_config = ds_config | {"gradient_clipping": 0.0}
     optimizer = None if "optimizer" in ds_config else build_optimizer(module, optim, lr)
-    if optimizer is not None and not zero_stage(ds_config) and not torch.cuda.is_available():
+    if keeps_rows(ds_config) and not torch.cuda.is_available():
         # A step reads few rows of a table. To list them, a GPU would have to wait.
         for part in module.modules():
             if hasattr(part, "sparse"):

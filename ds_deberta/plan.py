@@ -46,7 +46,7 @@ from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, load_tokenizer
 from ds_deberta.data.loader import Batch
 from ds_deberta.distributed import plan_world_size, world_size
-from ds_deberta.engine import offload_device, precision, zero_stage
+from ds_deberta.engine import keeps_rows, offload_device, precision, zero_stage
 from ds_deberta.kernels import AttentionFn, disentangled_attention, plan_attention
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
 from ds_deberta.objectives import Objective
@@ -81,6 +81,8 @@ class Shape:
     autocast: bool
     """Weights stay in fp32."""
     device: Device
+    rows_of_tables: bool = False
+    """Gradients of tables are kept as rows, where `initialize_engine` has it so."""
 
     @property
     def weight_bytes(self) -> int:
@@ -238,7 +240,7 @@ def trace_step(shape: Shape) -> Trace:
     try:
         with contextlib.nullcontext() if on_meta else FakeTensorMode():
             models = _build_models(shape, device, attend)
-            ledger = Ledger(trace, device)
+            ledger = Ledger(trace, device, rows_of_tables=shape.rows_of_tables)
             engines = {
                 name: _PlannedEngine(name, model, shape, ledger) for name, model in models.items()
             }
@@ -254,11 +256,19 @@ def trace_step(shape: Shape) -> Trace:
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of all tensors of a device made under it that are still alive."""
+    """Adds up the bytes of all tensors of a device made under it that are still alive.
 
-    def __init__(self, trace: Trace, device: torch.device) -> None:
+    Args:
+        trace: gets the greatest sums.
+        device: whose tensors.
+        rows_of_tables: the gradient of a table counts as the rows that were read. (Tensors without
+            contents can not say which, and so are whole.)
+    """
+
+    def __init__(self, trace: Trace, device: torch.device, *, rows_of_tables: bool = False) -> None:
         super().__init__()
         self.trace = trace
+        self._rows_of_tables = rows_of_tables
         self._device = device.type
         self.now: dict[str, float] = dict.fromkeys(_MODES, 0.0)
         self._known: set[int] = set()
@@ -269,6 +279,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self._rows_of_tables and func is torch.ops.aten.embedding_dense_backward.default:
+            self._see(result, args[0].nbytes)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
@@ -280,14 +292,19 @@ class Ledger(TorchDispatchMode):
             self.now[mode] += count
             self.trace.peak[mode] = max(self.trace.peak[mode], self.now[mode])
 
-    def _see(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, count: int | None = None) -> None:
+        if tensor.is_sparse:
+            self._see(tensor._indices())
+            self._see(tensor._values())
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or tensor.device.type != self._device:
             return
         self._known.add(key)
-        self.add(storage.nbytes())
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
+        count = storage.nbytes() if count is None else count
+        self.add(count)
+        weakref.finalize(storage, self._gone, key, count)
 
     def _gone(self, key: int, count: int) -> None:
         self._known.discard(key)
@@ -424,6 +441,7 @@ def shape_of(
         dtype=precision(ds_config),
         autocast=ds_config.get("torch_autocast", {}).get("enabled", False),
         device=device,
+        rows_of_tables=device == "cpu" and keeps_rows(ds_config),
     )
 
 
