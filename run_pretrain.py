@@ -10,6 +10,8 @@ the flags.
 import os
 import shutil
 import sys
+import traceback
+from typing import Any
 
 from ds_deberta import build
 from ds_deberta.agreement import check_agreement, check_data
@@ -133,9 +135,15 @@ if __name__ == "__main__":
     command = parse_command()
     if command.validate or command.plan:
         sys.exit(look_ahead(command))
-    with own_temporary_folder():
-        status = pretrain(command.run)
-        shutdown()
+    status: Any = 1
+    try:
+        with own_temporary_folder():
+            status = pretrain(command.run)
+            shutdown()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:  # also when another rank is gone: this one must not stay for its sake
+        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     # Past this point only libraries' threads are left, and gloo's sometimes abort the exit.
