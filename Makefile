@@ -48,7 +48,7 @@ test: $(SETUP)
 	$(BIN)/python -m pytest -m "not gpu and not slow"
 
 test-faults: $(SETUP)
-	$(BIN)/python -m pytest -raP tests/faults
+	$(BIN)/python -m pytest -raP tests/faults tests/test_resume.py
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/step.py

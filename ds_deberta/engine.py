@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from ds_deberta.optim import AdamW, OptimConfig, build_optimizer, lr_factor, par
 from ds_deberta.zero_state import read_state, write_state  # noqa: E402
 
 deepspeed_logger.setLevel(logging.ERROR)
+# torch 2.13 tells at each of DeepSpeed's calls that they have new names.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 if deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm") and not torch.cuda.is_available():
     # On CPU DeepSpeed would build this op with g++ and leave 66 MiB per rank in /dev/shm after
     # every run. gloo does the same work. A private switch: deepspeed is pinned for its sake.

@@ -9,9 +9,11 @@ import torch
 from tests.checkpoints import tensors
 from tests.launch import ROOT, run_ranks
 
+_TEST = "test_ten_steps_equal_five_and_three_and_two"
 WORKER = ROOT / "tests/workers/pretrain_runs.py"
 KINDS = ["mlm", "gdes", "es", "nes"]
 CASES = [(kind, stage) for kind in KINDS for stage in (0, 1, 2, 3)]
+QUICK = [("gdes", 0), ("mlm", 1), ("es", 2), ("gdes", 3), ("nes", 3)]
 
 
 def command(
@@ -33,12 +35,17 @@ def command(
 
 @pytest.fixture(scope="module")
 def runs(
-    data_dir: Path, tiny_model_file: Path, tmp_path_factory: pytest.TempPathFactory
+    data_dir: Path,
+    tiny_model_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> tuple[Path, Path]:
-    """10 steps in one go, and 5 + 3 + 2 steps in three processes, of every kind and stage."""
+    """10 steps in one go, and 5 + 3 + 2 steps in three processes, of all that is asked for."""
+    wanted = {item.name for item in request.session.items}
+    cases = [(kind, stage) for kind, stage in CASES if f"{_TEST}[{kind}-{stage}]" in wanted]
     whole, parts = (tmp_path_factory.mktemp(name) for name in ("whole", "parts"))
     for folder, steps in ((whole, 10), (parts, 5), (parts, 8), (parts, 10)):
-        lines = [command(*case, steps, data_dir, tiny_model_file, folder) for case in CASES]
+        lines = [command(*case, steps, data_dir, tiny_model_file, folder) for case in cases]
         run_ranks(WORKER, json.dumps(lines), world_size=2)
     return whole, parts
 
@@ -54,7 +61,10 @@ def train_rows(run: Path) -> list[dict]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("kind", "stage"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_ten_steps_equal_five_and_three_and_two(
     runs: tuple[Path, Path], kind: str, stage: int
 ) -> None:
