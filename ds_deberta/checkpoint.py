@@ -6,8 +6,10 @@
         generator/ discriminator/  (or model/) weights and optimizer state, see model_state.py
 
 It fits any number of processes, ZeRO stage and precision. It is written aside, brought to the disk
-and renamed when all of it is there; all ranks do that together, or none. Nothing random is in it:
-order, masks and samples are functions of the seed and a sample's number, dropout of seed and step.
+and renamed when all of it is there; all ranks do that together, or none. Writing needs only this
+rank's copy of its share, so training may go on meanwhile; all that ranks do together is done by the
+training's own thread. Nothing random is in it: order, masks and samples are functions of the seed
+and a sample's number, dropout of seed and step.
 """
 
 import hashlib
@@ -15,8 +17,11 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,10 +31,13 @@ from ds_deberta.distributed import gather_objects, is_main, logger, rank, world_
 from ds_deberta.model_state import (
     WEIGHTS,
     ModelState,
+    Share,
+    copy_shares,
+    gather_shares,
     read_shards,
     sha256,
     sync_folder,
-    write_shard,
+    write_shares,
 )
 
 FORMAT_VERSION = 2
@@ -108,6 +116,7 @@ class Checkpointer:
         self._contents = contents
         self._vocab_file = vocab_file
         self._accepted = accept_changes
+        self._unfinished: _Unfinished | None = None
         self.current: Path | None = None
         """The checkpoint that was written, or resumed from, last."""
         changeable = sorted(self._identity.keys() - set(FIXED))
@@ -116,33 +125,60 @@ class Checkpointer:
                 f"accept_changes can be any of {', '.join(changeable)}; got {', '.join(wrong)}"
             )
 
-    def save(self, state: TrainState, engines: Mapping[str, Saveable]) -> Path:
-        """Write a checkpoint of this step. Every rank must call it.
+    def save(
+        self, state: TrainState, engines: Mapping[str, Saveable], *, in_background: bool = False
+    ) -> None:
+        """Write a checkpoint of this step. Every rank must call it, after `finish`.
+
+        Args:
+            state: where the training stands.
+            engines: what it trains.
+            in_background: only copy each rank's share to CPU memory and begin to write it;
+                `finish` makes it a checkpoint.
 
         Raises:
             SaveError: on every rank, if one could not write.
         """
+        assert self._unfinished is None
         final = self._folder / f"step_{state.step:07d}"
         aside = final.with_suffix(".tmp")
         states = {name: engine.state() for name, engine in engines.items()}
-        try:
+        with _all_or_nothing(final, aside):
             _together(lambda: self._begin(aside, states) if is_main() else None)
-            files: dict[str, Any] = {}
-            for name, model in states.items():
-                write = partial(write_shard, rank=rank(), world_size=world_size())
-                for shard in _together(partial(write, model, aside / name)):
-                    files |= {f"{name}/{file}": facts for file, facts in shard.items()}
-            numbers = {name: model.numbers for name, model in states.items()}
-            _together(
-                lambda: self._commit(aside, final, state, files, numbers) if is_main() else None
-            )
-        except SaveError as error:
-            if is_main():
-                shutil.rmtree(aside, ignore_errors=True)
-            raise SaveError(f"{final} could not be written: {error}") from None
-        self.current = final
-        logger.info("saved %s", final)
-        return final
+        shares = _gather_shares(states)
+        if in_background:
+            shares = copy_shares(shares)
+        self._unfinished = _Unfinished(
+            final,
+            aside,
+            asdict(state),
+            {name: model.numbers for name, model in states.items()},
+            _start(partial(write_shares, shares, aside), in_background=in_background),
+        )
+        if not in_background:
+            self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """True as long as `finish` would have to wait for this rank."""
+        return self._unfinished is not None and not self._unfinished.files.done()
+
+    def finish(self) -> None:
+        """Wait until all ranks have written what they began to, and make it a checkpoint.
+
+        Every rank must call it. Where nothing was begun there is nothing to do.
+
+        Raises:
+            SaveError: on every rank, if one could not write.
+        """
+        if (save := self._unfinished) is None:
+            return
+        self._unfinished = None
+        with _all_or_nothing(save.final, save.aside):
+            files = {k: v for part in _together(save.files.result) for k, v in part.items()}
+            _together(lambda: self._commit(save, files) if is_main() else None)
+        self.current = save.final
+        logger.info("saved %s", save.final)
 
     def resume(self, engines: Mapping[str, Saveable]) -> TrainState:
         """Go on from the newest checkpoint that is whole, or from the start where there is none.
@@ -216,32 +252,26 @@ class Checkpointer:
                 "or keep fewer (--keep_checkpoints)"
             )
 
-    def _commit(
-        self,
-        aside: Path,
-        final: Path,
-        state: TrainState,
-        files: Mapping[str, Any],
-        numbers: Mapping[str, Any],
-    ) -> None:
+    def _commit(self, save: "_Unfinished", files: Mapping[str, Any]) -> None:
         """Describe what is there, and make it the checkpoint of its step in one rename."""
+        aside, final = save.aside, save.final
         content = self._vocab_file.read_bytes()
         _write(aside / "spm.model", content)
         vocabulary = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         description = {
             "format_version": FORMAT_VERSION,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "state": asdict(state),
+            "state": save.state,
             "identity": self._identity,
             "placement": self._placement,
             **self._contents,
-            "numbers": numbers,
+            "numbers": save.numbers,
             "files": {**files, "spm.model": vocabulary},
         }
         description = json.loads(json.dumps(description))  # hashed as it will be read
         description["sha256"] = _digest(description)
         _write(aside / "checkpoint.json", (json.dumps(description, indent=1) + "\n").encode())
-        for folder in (*(aside / name for name in numbers), aside):
+        for folder in (*(aside / name for name in save.numbers), aside):
             sync_folder(folder)
         old = final.with_suffix(".old.tmp")
         if final.exists():  # passed over at a resume, as damaged
@@ -249,7 +279,7 @@ class Checkpointer:
         os.rename(aside, final)
         sync_folder(self._folder)
         # Those of later steps were passed over at a resume: they do not count.
-        whole = [path for path in self._saved() if _step(path) <= state.step]
+        whole = [path for path in self._saved() if _step(path) <= _step(final)]
         shutil.rmtree(old, ignore_errors=True)
         for path in whole[self._keep :] if self._keep else []:
             _remove(path)
@@ -364,6 +394,54 @@ def check_files(checkpoint: Path, files: Mapping[str, Any]) -> None:
                 raise DamageError(f"{file} has another sha256 than when it was written")
         except OSError as error:
             raise DamageError(f"{file} can not be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class _Unfinished:
+    """A checkpoint whose files are being written, or are."""
+
+    final: Path
+    aside: Path
+    state: Mapping[str, Any]
+    numbers: Mapping[str, Any]
+    files: Future[dict[str, Any]]
+    """Of this rank."""
+
+
+def _gather_shares(states: Mapping[str, ModelState]) -> Iterator[Share]:
+    """Give this rank its shares of all models, each file under its model's folder."""
+    for name, state in states.items():
+        for share in gather_shares(state, rank=rank(), world_size=world_size()):
+            yield replace(share, file=f"{name}/{share.file}")
+
+
+def _start(action: Callable[[], _T], *, in_background: bool) -> Future[_T]:
+    """Run something, in a thread if it is to be in the background."""
+    outcome: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except Exception as error:  # for whoever asks for the result
+            outcome.set_exception(error)
+
+    if in_background:
+        # A daemon: where the disk hangs, the process can end all the same.
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    else:
+        run()
+    return outcome
+
+
+@contextmanager
+def _all_or_nothing(final: Path, aside: Path) -> Iterator[None]:
+    """Where a step of a save fails, leave nothing of it, and say which save that was."""
+    try:
+        yield
+    except SaveError as error:
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+        raise SaveError(f"{final} could not be written: {error}") from None
 
 
 def _together(action: Callable[[], _T]) -> list[_T]:

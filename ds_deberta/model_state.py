@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +40,53 @@ class ModelState:
         return _BYTES * sum(math.prod(shape) for shapes in found for shape in shapes.values())
 
 
-def write_shard(
-    state: ModelState, folder: Path, *, rank: int, world_size: int
-) -> dict[str, dict[str, Any]]:
-    """Write a rank's share of a model to an existing folder, and on to the disk itself.
+@dataclass(frozen=True)
+class Share:
+    """What one rank writes to one file."""
 
-    Every rank must call it. One that can not write still takes part to the end.
+    file: str
+    shapes: Mapping[str, tuple[int, ...]]
+    """Parameter's name -> shape."""
+    tensors: Iterable[Tensor]
+    """In that order, fp32, in CPU memory of their own: training changes nothing in them."""
+
+
+def gather_shares(state: ModelState, *, rank: int, world_size: int) -> Iterator[Share]:
+    """Give a rank its shares of a model, each tensor when it is asked for.
+
+    Each becomes a file KIND-RANK.safetensors. Every rank must go through all shares, and through
+    all tensors of each; some ranks have no tensors in some.
+    """
+    for kind, shapes in state.shapes.items():
+        rounds = _rounds(shapes, world_size)
+        mine = {names[rank]: shapes[names[rank]] for names in rounds if rank < len(names)}
+        file = f"{kind}-{rank:05d}.safetensors"
+        yield Share(file, mine, _gather(state, kind, rounds, rank))
+
+
+def copy_shares(shares: Iterable[Share]) -> list[Share]:
+    """Hold the tensors of shares in memory, 4 bytes an element."""
+    return [replace(share, tensors=list(share.tensors)) for share in shares]
+
+
+def write_shares(shares: Iterable[Share], folder: Path) -> dict[str, dict[str, Any]]:
+    """Write a rank's shares to an existing folder, and on to the disk itself.
+
+    A rank that can not write still goes through all of them, as `gather_shares` wants it.
 
     Returns:
-        This rank's files: name -> its size, its sha256, and its tensors' shapes.
+        By file: its size, its sha256, and its tensors' shapes.
 
     Raises:
         OSError: a file could not be written.
     """
     files: dict[str, dict[str, Any]] = {}
     failure: OSError | None = None
-    for kind, shapes in state.shapes.items():
-        rounds = _rounds(shapes, world_size)
-        mine = {names[rank]: shapes[names[rank]] for names in rounds if rank < len(names)}
-        tensors = _gather(state, kind, rounds, rank)
-        if mine and failure is None:
-            name = f"{kind}-{rank:05d}.safetensors"
+    for share in shares:
+        tensors = iter(share.tensors)
+        if share.shapes and failure is None:
             try:
-                files[name] = _write_file(folder / name, mine, tensors)
+                files[share.file] = _write_file(folder / share.file, share.shapes, tensors)
             except OSError as error:
                 failure = error
         for _ in tensors:  # what is left of it; the other ranks wait for this one
@@ -76,7 +100,7 @@ def read_shards(folder: Path, numbers: Mapping[str, Any]) -> ModelState:
     """Open a model's files; a tensor is mapped, not copied, when it is asked for.
 
     Args:
-        folder: of `write_shard`.
+        folder: of `write_shares`.
         numbers: of the state that was written.
     """
     places: dict[str, dict[str, Any]] = {}
@@ -129,7 +153,7 @@ def _gather(
         for owner, name in enumerate(names):
             tensor = state.tensor(kind, name)
             if owner == rank:
-                mine = tensor.detach().to("cpu", torch.float32)
+                mine = tensor.detach().to("cpu", torch.float32, copy=True)
         if mine is not None:
             yield mine
 

@@ -477,6 +477,9 @@ def _lines_of_size(
         f"{keep} are kept, room for {keep + 1}: {_gib((keep + 1) * size)}" if keep else "all kept"
     )
     yield f"\nVocabulary: {vocabulary:,} rows. A checkpoint: {_gib(size)}; {kept}."
+    if run.train.save_in_background:
+        copy = _gib(size / world_size())
+        yield f"While it is written, each process holds a copy of its share in CPU memory: {copy}."
 
 
 def _lines_of_memory(

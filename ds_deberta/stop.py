@@ -35,6 +35,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         """What the ranks have agreed to stop for; 0: nothing."""
+        self.all_ready = False
+        """The ranks talked in the last call of `agreed`, and all of them were `ready`."""
         self._asked, self._asked_at = 0, 0.0
         self._steps, self._steps_to_question = 0, 1
         self._last_question = time.monotonic()
@@ -74,23 +76,25 @@ class StopRequest:
         for end in self._pipe:
             os.close(end)
 
-    def agreed(self, *, now: bool = False) -> bool:
+    def agreed(self, *, now: bool = False, ready: bool = False) -> bool:
         """True if any rank was asked to stop. Every rank must call it, after every step.
 
         The ranks talk only about once a second, so that it costs next to nothing.
 
         Args:
             now: do not wait for the second to pass: something long has ended, or comes next.
+            ready: for what all ranks have to do together; see `all_ready`.
         """
+        self.all_ready = False
         if not now:
             self._steps += 1
             if self._steps < self._steps_to_question:
                 return False
         seconds = (time.monotonic() - self._last_question) / max(1, self._steps)
-        facts = torch.tensor([self._asked, seconds], dtype=torch.float64)
+        facts = torch.tensor([self._asked, seconds, not ready], dtype=torch.float64)
         if self._group is not None:
             dist.all_reduce(facts, dist.ReduceOp.MAX, group=self._group)
-        self.signal, seconds = int(facts[0]), float(facts[1])
+        self.signal, seconds, self.all_ready = int(facts[0]), float(facts[1]), not facts[2]
         if not now:  # the slowest rank's count, so that all ask after the same step
             steps = int(_SECONDS_BETWEEN_QUESTIONS / max(seconds, 1e-6))
             self._steps_to_question = min(max(1, steps), _MOST_STEPS_BETWEEN_QUESTIONS)

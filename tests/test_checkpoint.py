@@ -67,9 +67,11 @@ def checkpointer(
     )
 
 
-def save(saver: Checkpointer, step: int) -> Path:
+def save(saver: Checkpointer, step: int, *, in_background: bool = False) -> Path:
     engines = {"generator": FakeEngine(step), "discriminator": FakeEngine(step + 0.5)}
-    return saver.save(TrainState(step, step * 8), engines)
+    saver.save(TrainState(step, step * 8), engines, in_background=in_background)
+    saver.finish()
+    return saver.current
 
 
 def resumed(saver: Checkpointer) -> TrainState:
@@ -231,8 +233,9 @@ def test_what_died_while_saving_is_swept_and_nothing_else(tmp_path, log):
     assert "removed" in log.text
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
-def test_a_failing_write_leaves_everything_as_it_was(tmp_path, monkeypatch, call):
+def test_a_failing_write_leaves_everything_as_it_was(tmp_path, monkeypatch, call, in_background):
     """Whichever it is: the n-th call fails, for every n until the save gets through."""
     save(checkpointer(tmp_path), 10)
     real = getattr(os, call)
@@ -247,7 +250,7 @@ def test_a_failing_write_leaves_everything_as_it_was(tmp_path, monkeypatch, call
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
             try:
-                save(checkpointer(tmp_path), 20)
+                save(checkpointer(tmp_path), 20, in_background=in_background)
                 break
             except SaveError as error:
                 assert "step_0000020 could not be written: " in str(error)  # noqa: PT017
@@ -262,7 +265,7 @@ def test_a_failing_write_leaves_everything_as_it_was(tmp_path, monkeypatch, call
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """A process saves all the time and says so; it is killed 20 times."""
+    """A process saves all the time, in turn in the background, and says so; killed 20 times."""
     rng = random.Random(3)
     step = 1
     save(checkpointer(tmp_path), step)
@@ -272,7 +275,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             logging.disable()
             saver = checkpointer(tmp_path, keep=2)
             for number in range(step + 1, 10**6):
-                save(saver, number)
+                save(saver, number, in_background=number % 2 == 0)
                 os.write(says, number.to_bytes(4, "little"))
         os.close(says)
         with os.fdopen(said, "rb") as stream:

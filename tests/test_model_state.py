@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ds_deberta import model_state
-from ds_deberta.model_state import ModelState, read_shards, write_shard
+from ds_deberta.model_state import ModelState, copy_shares, gather_shares, read_shards, write_shares
 from tests.checkpoints import tensors
 
 SHAPES = {"table": (50, 8), "odd": (7, 3), "bias": (8,), "norm": (1,), "zero": (0,)}
@@ -31,12 +31,16 @@ def example() -> ModelState:
     )
 
 
+def write(state: ModelState, folder: Path, rank: int, world_size: int) -> dict:
+    return write_shares(gather_shares(state, rank=rank, world_size=world_size), folder)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_what_was_written_is_read_whatever_the_number_of_ranks(tmp_path: Path, world_size: int):
     state = example()
     files = {}
     for rank in range(world_size):
-        files |= write_shard(state, tmp_path, rank=rank, world_size=world_size)
+        files |= write(state, tmp_path, rank, world_size)
     assert files.keys() == {path.name for path in tmp_path.iterdir()}
     for name, facts in files.items():
         content = (tmp_path / name).read_bytes()
@@ -60,10 +64,7 @@ def test_what_was_written_is_read_whatever_the_number_of_ranks(tmp_path: Path, w
 def test_shares_are_about_equal(tmp_path: Path):
     shapes = {f"layer.{i}": (8 * i + 8, 32) for i in range(40)}
     state = ModelState({"weights": shapes}, lambda _, name: torch.zeros(shapes[name]), {})
-    sizes = [
-        sum(f["size"] for f in write_shard(state, tmp_path, rank=rank, world_size=4).values())
-        for rank in range(4)
-    ]
+    sizes = [sum(f["size"] for f in write(state, tmp_path, rank, 4).values()) for rank in range(4)]
     assert max(sizes) < 1.05 * min(sizes)
     assert state.num_bytes() < sum(sizes) < 1.1 * state.num_bytes()
 
@@ -78,7 +79,7 @@ def test_a_rank_that_can_not_write_still_takes_part(monkeypatch, tmp_path: Path)
         return state.tensor(kind, name)
 
     counted = ModelState(state.shapes, tensor, {})
-    write_shard(counted, tmp_path, rank=1, world_size=2)
+    write(counted, tmp_path, 1, 2)
     expected, asked[:] = list(asked), []
 
     def fsync(descriptor: int) -> None:
@@ -86,11 +87,24 @@ def test_a_rank_that_can_not_write_still_takes_part(monkeypatch, tmp_path: Path)
 
     monkeypatch.setattr(model_state.os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
-        write_shard(counted, tmp_path, rank=1, world_size=2)
+        write(counted, tmp_path, 1, 2)
     assert asked == expected
     assert len(asked) == 7
 
     asked.clear()
     with pytest.raises(FileNotFoundError):
-        write_shard(counted, tmp_path / "nowhere", rank=0, world_size=2)
+        write(counted, tmp_path / "nowhere", 0, 2)
     assert asked == expected
+
+
+def test_a_copy_is_written_as_it_was_whatever_training_does_meanwhile(tmp_path: Path):
+    values = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    state = ModelState({"weights": SHAPES}, lambda _, name: values[name], {})
+    expected = {name: value.clone() for name, value in values.items()}
+    shares = copy_shares(gather_shares(state, rank=0, world_size=1))
+    for value in values.values():
+        value.zero_()
+    write_shares(shares, tmp_path)
+    found = tensors(tmp_path, "weights")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,6 +1,7 @@
 """--plan says what a training takes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,10 @@ def test_a_large_run_is_planned_without_gpu_and_data(tmp_path):
     text = "\n".join(plan(run, "gpu", None))
     assert "Memory of each of 32 processes on a GPU" in text
     assert "(this run)" in text
+    copied = "each process holds a copy of its share in CPU memory: 0.01 GiB"  # of 12 x 33.9 M / 32
+    assert copied in text
+    waiting = replace(run, train=replace(run.train, save_in_background=False))
+    assert "holds a copy" not in "\n".join(plan(waiting, "gpu", None))
     assert "Time: 0.1 days, 1.3 hours, at 1,000 tokens/s" in text  # 2,300 x 64 x 32 tokens
     faster = "\n".join(plan(run, "gpu", 1e6))
     assert "at 1,000,000 tokens/s (--tokens_per_second)" in faster

@@ -18,7 +18,7 @@ from tests.test_stop import ENDLESS, Run, flags, rows  # noqa: F401 - flags is a
     ("moment", "ranks"), [("saving", ["1"]), ("saving", ["0", "1"]), ("evaluating", ["0", "1"])]
 )
 def test_a_stop_in_the_middle_of_something_is_saved(flags, tmp_path, moment, ranks):  # noqa: F811
-    flags += ["--objective", "rtd", "--num_workers", "0"]
+    flags += ["--objective", "rtd", "--num_workers", "0", "--keep_checkpoints", "1"]
     flags += {"saving": ["--eval_interval", "3"], "evaluating": ["--eval_interval", "2"]}[moment]
     intervals = ["--dump_interval", "3"] if moment == "saving" else ["--dump_interval", "1000"]
     command = ("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()))

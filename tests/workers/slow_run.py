@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ds_deberta import trainer
+from ds_deberta import checkpoint, trainer
 from ds_deberta.config import parse
 from ds_deberta.distributed import shutdown
-from ds_deberta.engine import Engine
 from run_pretrain import pretrain
 
 
@@ -27,7 +26,7 @@ def main() -> int:
 
         return slow
 
-    Engine.save = slowed(Engine.save, "saving")
+    checkpoint.write_shares = slowed(checkpoint.write_shares, "saving")
     trainer.evaluate = slowed(trainer.evaluate, "evaluating")
     return pretrain(run)
 

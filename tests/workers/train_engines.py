@@ -18,7 +18,7 @@ from ds_deberta.data.loader import build_train_batches, build_valid_batches
 from ds_deberta.distributed import initialize, is_main, rank, shutdown, world_size
 from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
 from ds_deberta.metrics import reduce_metrics
-from ds_deberta.model_state import write_shard
+from ds_deberta.model_state import gather_shares, write_shares
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import OptimConfig
@@ -84,7 +84,8 @@ def main() -> None:
         for name, engine in engines.items():
             folder = out_dir / case["name"] / name
             folder.mkdir(parents=True, exist_ok=True)
-            write_shard(engine.state(), folder, rank=rank(), world_size=world_size())
+            shares = gather_shares(engine.state(), rank=rank(), world_size=world_size())
+            write_shares(shares, folder)
         valid_batches = build_valid_batches(
             data_dir=data_dir,
             tokenizer=tokenizer,
