@@ -14,7 +14,7 @@ import traceback
 from typing import Any
 
 from ds_deberta import build
-from ds_deberta.agreement import check_agreement, check_data
+from ds_deberta.agreement import check_agreement, check_data, check_output_dir
 from ds_deberta.checkpoint import SaveError
 from ds_deberta.config import Command, PretrainConfig, parse_command
 from ds_deberta.data import load_tokenizer
@@ -45,6 +45,7 @@ def pretrain(run: PretrainConfig) -> int:
     try:
         device = initialize(run.seed, expect_world_size=run.expect_world_size)
         check_agreement(run)
+        check_output_dir(run.output_dir)
         check_data(run.data.data_dir)
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(

@@ -38,6 +38,7 @@ from ds_deberta.plan import Ledger, Trace, footprint, shape_of
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
+THREADS = 1  # of each process
 TINY = DebertaConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
 CASES = {
     # name: (objective, model, DeepSpeed JSON, processes, rows at a time, length, more flags)
@@ -51,6 +52,9 @@ CASES = {
     "nano, full offload": ("rtd", "deberta-v3-nano", "zero3_bf16_offload", 1, 64, 32, ""),
     "xsmall, autocast": ("rtd", "deberta-v3-xsmall", "zero0_bf16", 1, 8, 128, ""),
     "xsmall, ZeRO 1": ("rtd", "deberta-v3-xsmall", "zero1_bf16", 2, 8, 128, ""),
+    "xsmall, MLM": ("mlm", "deberta-v3-xsmall", "zero0_fp32", 1, 8, 128, ""),
+    "xsmall, MLM, ZeRO 1": ("mlm", "deberta-v3-xsmall", "zero1_bf16", 1, 8, 128, ""),
+    "xsmall, ZeRO 2, fp32": ("rtd", "deberta-v3-xsmall", "zero2_fp32", 2, 8, 128, ""),
     "xsmall, long": ("rtd", "deberta-v3-xsmall", "zero0_fp32", 1, 4, 512, ""),
     "xsmall, long, checkpointing": (
         *("rtd", "deberta-v3-xsmall", "zero0_fp32", 1, 4, 512),
@@ -151,7 +155,7 @@ def measure(name: str) -> tuple[int, int]:
                 env=os.environ
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 | {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-                | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+                | {"MASTER_PORT": port, "OMP_NUM_THREADS": str(THREADS)},
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
@@ -187,6 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         serve(args.serve)
+    torch.set_num_threads(THREADS)
     print(f"`python benchmarks/memory.py`: {processor()}, torch {torch.__version__}\n", flush=True)
     columns = "case|model|DeepSpeed|processes|rows x length|planned|in tensors|off by|resident"
     print(f"| {columns.replace('|', ' | ')} |")

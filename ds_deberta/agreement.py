@@ -1,11 +1,14 @@
-"""What must be the same on all ranks: code, data and configuration, compared at the start.
+"""What must be the same on all ranks: code, data, configuration, output folder; at the start.
 
 Nodes have copies of their own, and flags of their own where each is started by hand. A difference
 would train on without a word, or hang. So would damaged data: every node reads all of its own.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -17,6 +20,7 @@ from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, find_damage, load_tokenizer
 from ds_deberta.distributed import (
     gather_objects,
+    is_main,
     logger,
     place_on_node,
     world_size,
@@ -25,6 +29,8 @@ from ds_deberta.distributed import (
 T = TypeVar("T")
 
 _NAMED = 3  # damaged files
+_VISIBLE = 60.0  # seconds that NFS may keep what it knows of a folder (its acdirmax)
+_BETWEEN_LOOKS = 0.1
 _PLACES = ("data_dir",)  # may differ, for what is there is compared
 
 
@@ -71,6 +77,48 @@ def check_data(data_dir: Path) -> None:
         "verified %d shards, %.3g GB, in %.1f s; %d processes of each node shared them",
         *(len(shards), gigabytes, seconds, of),
     )
+
+
+def check_output_dir(folder: Path) -> None:
+    """See that a folder is the same on all nodes: a checkpoint gets files of every rank.
+
+    Raises:
+        ValueError: on every rank, if the first one can not write there, or one sees another folder.
+    """
+    if world_size() == 1:
+        return
+    name, *_ = gather_objects(f".seen_by_all_{secrets.token_hex(8)}")
+    token, was_there = folder / name, folder.exists()
+
+    def make() -> None:
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            token.touch()
+
+    try:
+        on_all_ranks(make)
+        on_all_ranks(lambda: _see(token))
+    finally:
+        if is_main():
+            with contextlib.suppress(OSError):
+                token.unlink()
+                if not was_there:
+                    folder.rmdir()
+
+
+def _see(token: Path) -> None:
+    """Wait for a file; NFS may show for some time what a folder held before."""
+    deadline = time.monotonic() + _VISIBLE
+    while not token.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"--output_dir must be one folder on all nodes, for checkpoints: {token.parent} "
+                "here does not show the file that rank 0 wrote there. Put it on a file system "
+                "that all nodes mount at the same path (NFS)."
+            )
+        time.sleep(_BETWEEN_LOOKS)
+        with contextlib.suppress(OSError):
+            os.listdir(token.parent)  # has NFS ask again
 
 
 def on_all_ranks(act: Callable[[], T]) -> T:

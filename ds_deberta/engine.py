@@ -6,7 +6,6 @@
 
 import contextlib
 import difflib
-import io
 import json
 import logging
 import math
@@ -30,6 +29,7 @@ from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ds_deberta.distributed import world_size  # noqa: E402
+from ds_deberta.leftovers import own_folder  # noqa: E402
 from ds_deberta.model_state import ModelState  # noqa: E402
 from ds_deberta.optim import AdamW, OptimConfig, build_optimizer, lr_factor, param_groups  # noqa: E402
 from ds_deberta.zero_state import read_state, write_state  # noqa: E402
@@ -347,6 +347,8 @@ def initialize_engine(
         for part in module.modules():
             if hasattr(part, "sparse"):
                 part.sparse = True  # type: ignore[assignment]
+    if offload_device(ds_config, "optimizer") == "nvme":
+        ds_config = _with_own_swap_folder(ds_config)
     with _quiet():
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -368,8 +370,11 @@ def initialize_engine(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what DeepSpeed prints on its way; errors are raised, not printed."""
-    sink = io.StringIO()
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+    with (
+        Path(os.devnull).open("w") as sink,  # a real file: where none is, it finds no libaio
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+    ):
         yield
 
 
@@ -499,11 +504,33 @@ def _check_skipping(path: Path, config: Mapping[str, Any]) -> None:
 def _check_offload(path: Path, config: Mapping[str, Any]) -> None:
     for part in _OFFLOADED:
         offload = _get(config, f"zero_optimization.offload_{part}") or {}
-        if offload.get("device") == "nvme" or offload.get("ratio", 1.0) != 1.0:
+        if offload.get("ratio", 1.0) != 1.0:
             raise ValueError(
-                f"{path} offloads to nvme, or in part (ratio), which checkpoints can not read. Use "
+                f"{path} offloads in part (ratio), which checkpoints can not read. Use "
                 f'"device": "cpu" in offload_{part}, as ds_configs/zero3_bf16_offload.json.'
             )
+        for name in ("pipeline_read", "pipeline_write"):
+            if offload.get(name):
+                raise ValueError(
+                    f"{path} sets {name} in offload_{part}: checkpoints can not read what is "
+                    "on its way to NVMe. Remove it, as in ds_configs/zero3_bf16_nvme.json."
+                )
+    if offload_device(config, "param") == "nvme":
+        raise ValueError(
+            f"{path} offloads weights to NVMe, which has never been tried with checkpoints. Use "
+            '"device": "cpu" in offload_param, as ds_configs/zero3_bf16_nvme.json.'
+        )
+
+
+def _with_own_swap_folder(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Have this process swap in a folder of its own in nvme_path.
+
+    DeepSpeed's names in there are those of any other training: two would swap each other's states.
+    """
+    zero = ds_config["zero_optimization"]
+    offload = zero["offload_optimizer"]
+    own = {"nvme_path": str(own_folder(Path(offload["nvme_path"])))}
+    return ds_config | {"zero_optimization": zero | {"offload_optimizer": offload | own}}
 
 
 def _get(config: Mapping[str, Any], place: str) -> Any:

@@ -3,9 +3,11 @@
 Stage 0 keeps them as torch does. Stages 1 and 2 lay the parameters of a group end to end and give
 each rank a piece of that: a fp32 master and, on it, the optimizer's state. Stage 3 cuts every
 parameter, and lays the pieces of several end to end. The weights in use are copies of the masters.
+With NVMe offload masters and states are files, in memory for the update of their group alone.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,14 +79,15 @@ def write_state(engine: Any, state: ModelState) -> None:
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     if zero3 := _is_stage3(engine):
         engine.optimizer.checkpoint_event_prologue()
-    for kind in state.shapes:
-        for master, group in _masters(engine):
-            for parameter in group:
-                if (name := names[parameter]) in state.shapes[kind]:
-                    _set_whole(engine, parameter, master, kind, state.tensor(kind, name))
+    for number, (master, group) in enumerate(_masters(engine)):
+        with _in_memory(engine, number):
+            for kind, shapes in state.shapes.items():
+                for parameter in group:
+                    if (name := names[parameter]) in shapes:
+                        _set_whole(engine, parameter, master, kind, state.tensor(kind, name))
+            if zero3:
+                engine.optimizer._reassign_or_swap_out_partitioned_parameters(number)
     if zero3:
-        for group in range(len(_masters(engine))):
-            engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         engine.optimizer.checkpoint_event_epilogue()
     elif hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
@@ -110,9 +113,11 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def _whole(engine: Any, parameter: Any, master: Tensor, kind: str) -> Tensor:
     """Gather a parameter, or its optimizer state of that kind."""
-    if _is_stage3(engine):
-        return engine.optimizer.get_full_hp_param(parameter, None if kind == WEIGHTS else kind)
     held = _held(engine, master, kind)
+    if _is_stage3(engine):
+        # Its own getter would read a whole group from NVMe for every parameter.
+        part = held.narrow(0, *_place_in_master(engine, parameter))
+        return engine.optimizer._fp32_state_allgather(parameter, part)
     if not hasattr(parameter, "_hp_mapping"):
         return held
     whole = torch.zeros(parameter.numel(), device=parameter.device)
@@ -124,15 +129,14 @@ def _whole(engine: Any, parameter: Any, master: Tensor, kind: str) -> Tensor:
 
 
 def _set_whole(engine: Any, parameter: Any, master: Tensor, kind: str, value: Tensor) -> None:
+    held = _held(engine, master, kind)
     if _is_stage3(engine):
         # Its own setter of whole tensors fails where they do not divide by the ranks.
-        part = torch.zeros(parameter.ds_tensor.numel())
+        part = held.narrow(0, *_place_in_master(engine, parameter)).zero_()
         start = dist.get_rank(parameter.ds_process_group) * len(part)
         content = value.view(-1)[start : start + len(part)]
         part[: len(content)] = content
-        engine.optimizer.set_local_hp_param(part, parameter, None if kind == WEIGHTS else kind)
         return
-    held = _held(engine, master, kind)
     if not hasattr(parameter, "_hp_mapping"):
         held.copy_(value)
     elif (part := parameter._hp_mapping) is not None:
@@ -141,27 +145,58 @@ def _set_whole(engine: Any, parameter: Any, master: Tensor, kind: str, value: Te
 
 
 def _held(engine: Any, master: Tensor, kind: str) -> Tensor:
-    """Return what this rank keeps of one kind.
+    """Return what this rank keeps of one kind; what is on NVMe as a private map of its file.
 
     DeepSpeed's own getters know the optimizer's state of the first group of parameters only.
     """
-    return master.detach() if kind == WEIGHTS else engine.basic_optimizer.state[master][kind]
+    held = master if kind == WEIGHTS else engine.basic_optimizer.state[master][kind]
+    if held.numel() or not getattr(engine.optimizer, "swap_optimizer", False):
+        return held.detach()
+    swapped = engine.optimizer.optimizer_swapper.swap_params_info[master.ds_id]  # type: ignore[attr-defined]
+    (file,) = (each.swap_path for each in swapped.tensors if each.compute_tensor is held)
+    return torch.from_file(file, shared=False, size=swapped.numel(), dtype=held.dtype)
+
+
+def _place_in_master(engine: Any, parameter: Any) -> tuple[int, int]:
+    """Return start and length of a parameter's piece, in stage 3."""
+    optimizer = engine.optimizer
+    _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    return start, length
+
+
+@contextlib.contextmanager
+def _in_memory(engine: Any, number: int) -> Iterator[None]:
+    """Have a group's master and states in memory, and changes to them back on NVMe at the end."""
+    optimizer = engine.optimizer
+    swapped = _is_stage3(engine) and optimizer._swappable_optimizer_subgroup(number)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_out(number)
 
 
 def _create_optimizer_state(engine: Any) -> None:
     """Have the optimizer make its own state by a step without gradient; all it does is replaced."""
     masters = [master for master, _ in _masters(engine)]
-    gradients = [master.grad for master in masters]
-    for master, gradient in zip(masters, gradients, strict=True):
-        if gradient is None:
-            master.grad = torch.zeros_like(master)
     if _is_stage3(engine):
-        for group in range(len(masters)):
-            engine.optimizer._optimizer_step(group)
+        for number, master in enumerate(masters):
+            with _in_memory(engine, number), _with_gradients([master]):
+                engine.optimizer._optimizer_step(number)
     else:
-        engine.basic_optimizer.step()
-    for master, gradient in zip(masters, gradients, strict=True):
-        master.grad = gradient
+        with _with_gradients(masters):
+            engine.basic_optimizer.step()
+
+
+@contextlib.contextmanager
+def _with_gradients(masters: list[Tensor]) -> Iterator[None]:
+    """Give zeros as gradients to those who have none."""
+    without = [master for master in masters if master.grad is None]
+    for master in without:
+        master.grad = torch.zeros_like(master)
+    yield
+    for master in without:
+        master.grad = None
 
 
 def _check_same(own: ModelState, saved: ModelState) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,3 +15,12 @@ def tensors(model: Path, kind: str = "weights") -> dict[str, Tensor]:
         assert not found.keys() & more.keys()
         found |= more
     return found
+
+
+def check_same_bits(found: Path, expected: Path) -> None:
+    """Compare all weights and moments of two checkpoints of RTD."""
+    for model in ("generator", "discriminator"):
+        for kind in ("weights", "exp_avg", "exp_avg_sq"):
+            ours, theirs = tensors(found / model, kind), tensors(expected / model, kind)
+            assert ours.keys() == theirs.keys() != set()
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind

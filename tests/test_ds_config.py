@@ -106,6 +106,19 @@ def test_options_of_stage_3_are_refused_elsewhere(tmp_path, option):
         load_ds_config(path, facts())
 
 
+@pytest.mark.parametrize(
+    ("offload", "message"),
+    [
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offloads in part"),
+        ({"offload_optimizer": {"device": "cpu", "pipeline_read": True}}, "sets pipeline_read"),
+    ],
+)
+def test_offloads_that_checkpoints_can_not_read_are_refused(tmp_path, offload, message):
+    path = write(tmp_path, zero_optimization={"stage": 3} | offload)
+    with pytest.raises(ValueError, match=message):
+        load_ds_config(path, facts())
+
+
 def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
     path = write(tmp_path, zero_optimization={"stage": 3, "zero_hpz_partition_size": 8})
     with pytest.raises(ValueError, match="of which the 1 in all are a multiple; got 8"):

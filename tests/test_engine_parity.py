@@ -106,6 +106,15 @@ def json_optimizer_config(folder: Path) -> Path:
     return path
 
 
+def hierarchical_config(folder: Path, ranks: int) -> Path:
+    """Every node of so many ranks keeps a copy of the weights, for the backward pass."""
+    config = json.loads((ROOT / "ds_configs/zero3_fp32.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = ranks
+    path = folder / "zero3_fp32_hierarchical.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
 BF16_CASES = [
     *(case(kind, stage, "bf16") for kind in ("mlm", "gdes", "es") for stage in STAGES),
     *(case("gdes", stage, "bf16_offload") for stage in (2, 3)),
@@ -123,6 +132,7 @@ CASES = [
     ),
     *BF16_CASES,
     *PACKED_CASES,
+    case("gdes", 3, "fp32_hierarchical"),  # the last one: its groups stay
 ]
 
 
@@ -134,10 +144,13 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     out_dir = tmp_path_factory.mktemp(f"world{request.param}")
-    by_json = str(json_optimizer_config(out_dir))
+    written = {
+        "gdes_zero1_fp32_json_optimizer": str(json_optimizer_config(out_dir)),
+        "gdes_zero3_fp32_hierarchical": str(hierarchical_config(out_dir, request.param)),
+    }
     cases = [
         each
-        | ({"config": by_json} if "json" in each["name"] else {})
+        | {"config": written.get(each["name"], each["config"])}
         | {"data": str(packed_data_dir if "packed" in each["name"] else data_dir)}
         for each in CASES
     ]
@@ -202,6 +215,18 @@ def test_an_optimizer_named_in_the_json_gets_the_recipe(trained: Path, expected:
     losses = torch.tensor(losses_of(trained, "gdes_zero1_fp32_json_optimizer"))
     truth = torch.tensor(expected["gdes"][0])
     torch.testing.assert_close(losses, truth, rtol=0, atol=FP32_TOLERANCE)
+
+
+@pytest.mark.distributed
+def test_hierarchical_partitions_change_nothing(trained: Path, expected: dict) -> None:
+    losses = torch.tensor(losses_of(trained, "gdes_zero3_fp32_hierarchical"))
+    truth = torch.tensor(expected["gdes"][0])
+    torch.testing.assert_close(losses, truth, rtol=0, atol=FP32_TOLERANCE)
+    for model in ("generator", "discriminator"):
+        plain, found = (
+            tensors(trained / f"gdes_zero3_fp32{kind}" / model) for kind in ("", "_hierarchical")
+        )
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 @pytest.mark.distributed

@@ -13,7 +13,7 @@ import pytest
 
 from ds_deberta import agreement
 from ds_deberta.config import parse
-from ds_deberta.distributed import initialize, place_on_node, rank, shutdown, world_size
+from ds_deberta.distributed import barrier, initialize, place_on_node, rank, shutdown, world_size
 
 
 def check(run, kind: str, names: str) -> None:
@@ -21,6 +21,11 @@ def check(run, kind: str, names: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         agreement.check_agreement(run)
     assert str(error.value) == message
+
+
+def mounted(path: Path, is_elsewhere: bool) -> Path:
+    """What a path is on a node whose disk is its own."""
+    return path.parent / "elsewhere" / path.name if is_elsewhere else path
 
 
 if __name__ == "__main__":
@@ -41,6 +46,21 @@ if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.gethostname", lambda: f"node{rank()}")
         assert place_on_node() == (0, 1)
+
+    folder = run.output_dir
+    agreement.check_output_dir(folder)
+    barrier()  # the first rank cleans up last
+    assert not folder.exists()
+    barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "_VISIBLE", 0.5)
+        patch.setattr(
+            agreement, "_see", lambda token, see=agreement._see: see(mounted(token, is_last))
+        )
+        with pytest.raises(ValueError, match=r"must be one folder on .* \(found by rank 1\)"):
+            agreement.check_output_dir(folder)
+    barrier()
+    assert not folder.exists()
 
     optim = replace(run.optim, learning_rate=0.125)
     changed = replace(run, seed=99, optim=optim)

@@ -13,6 +13,7 @@ import sys
 from ds_deberta import checkpoint
 from ds_deberta.config import parse
 from ds_deberta.distributed import rank, shutdown, world_size
+from ds_deberta.leftovers import own_temporary_folder
 from run_pretrain import pretrain
 
 SMALL = 4096  # bytes; less than any shard of a model has
@@ -31,12 +32,13 @@ if __name__ == "__main__":
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     checkpoint.write_shares = write
-    for arguments, full[:], expected in json.loads(sys.argv[1]):
-        try:
-            status = pretrain(parse(arguments))
-        except SystemExit as error:
-            status = error.code
-        assert status == expected, status
-    shutdown()
+    with own_temporary_folder():
+        for arguments, full[:], expected in json.loads(sys.argv[1]):
+            try:
+                status = pretrain(parse(arguments))
+            except SystemExit as error:
+                status = error.code
+            assert status == expected, status
+        shutdown()
     sys.stdout.flush()
     os._exit(0)

@@ -1,0 +1,70 @@
+"""A run goes on between NVMe, CPU memory and plain ZeRO; nothing of it stays on the disk."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import check_same_bits
+from tests.launch import ROOT, run_ranks
+from tests.test_moves import command
+
+STEPS = 6
+PARTS = {
+    "nvme": [("nvme", 2), ("nvme", 4), ("nvme", 6)],
+    "to nvme": [("offload", 2), ("nvme", 6)],
+    "from nvme": [("nvme", 4), ("offload", 6)],
+    "plain between": [("nvme", 2), ("plain", 4), ("nvme", 6)],
+}
+needs_libaio = pytest.mark.skipif(
+    not Path("/usr/include/libaio.h").exists(),
+    reason="apt-get install libaio-dev; g++ takes minutes",
+)
+
+
+@pytest.mark.slow
+@needs_libaio
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_is_the_same_wherever_its_optimizer_state_is(data_dir, tiny_config, tmp_path, ranks):
+    """Bit for bit, over every move. Nothing is left in `nvme_path`, of dead processes neither."""
+    # DeepSpeed leaves what has less than 1 MiB in memory; of this both engines swap a group.
+    model, swap = tmp_path / "model.json", tmp_path / "swap"
+    model.write_text(json.dumps(replace(tiny_config, hidden_size=256).to_dict()))
+    dead = swap / f"ds_deberta_{os.getuid()}_dead"
+    dead.mkdir(parents=True)
+    (dead / "0_40.tensor.swp").touch()
+    nvme = json.loads((ROOT / "ds_configs/zero3_bf16_nvme.json").read_text())
+    nvme["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(swap)
+    (tmp_path / "nvme.json").write_text(json.dumps(nvme))
+    files = {"nvme": tmp_path / "nvme.json"}
+    files |= {"offload": ROOT / "ds_configs/zero3_bf16_offload.json"}
+    files |= {"plain": ROOT / "ds_configs/zero1_bf16.json"}
+    lines = []
+    for name, parts in {"whole": [("offload", STEPS)], **PARTS}.items():
+        for config, step in parts:
+            line = command("gdes", "unused", step, data_dir, model, tmp_path / name)
+            lines.append(([*line, "--deepspeed_config", str(files[config])], [], 0))
+    run_ranks(ROOT / "tests/workers/moved_runs.py", json.dumps(lines), world_size=ranks)
+
+    def losses(name: str) -> list[list[float]]:
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [
+            [row["generator_loss"], row["discriminator_loss"]]
+            for row in rows
+            if row["split"] == "train"
+        ]
+
+    truth = losses("whole")
+    assert abs(truth[0][0] - truth[-1][0]) > 0.1  # it did train
+    for name in PARTS:
+        if name == "plain between":  # bf16 knows a loss of 6 to about 0.02
+            torch.testing.assert_close(losses(name), truth, rtol=0, atol=0.03)
+            continue
+        assert losses(name) == truth
+        saved = f"checkpoints/step_{STEPS:07d}"
+        check_same_bits(tmp_path / name / saved, tmp_path / "whole" / saved)
+    assert not list(swap.iterdir())
