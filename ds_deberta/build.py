@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ds_deberta.agreement import data_fingerprint
+from ds_deberta.agreement import data_fingerprint, on_all_ranks
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.compatibility import fit_configs
 from ds_deberta.config import ModelConfig, PretrainConfig
@@ -55,7 +55,7 @@ def build_objective(
         ValueError: settings that do not go together, named.
     """
     configs = model_configs(run, tokenizer)
-    ds_configs, attend, reason = settle(run, configs, device)
+    ds_configs, attend, reason = on_all_ranks(lambda: settle(run, configs, device))
     logger.info(reason)
     engines = {
         name: initialize_engine(
