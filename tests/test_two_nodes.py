@@ -72,7 +72,7 @@ def test_sigterm_saves_on_all_nodes_of_a_hostfile(network, flags, local_losses, 
     assert losses(tmp_path / "run")[:STEPS] == local_losses
 
 
-@pytest.mark.parametrize("way", [pytest.param("options", marks=pytest.mark.slow), "variables"])
+@pytest.mark.parametrize("way", ["options", "variables"])
 def test_a_crash_on_one_node_ends_the_other(network, flags, local_losses, tmp_path, way):
     """Nodes that were started one by one: by deepspeed's options, and by node variables."""
     folder, environment = network

@@ -11,6 +11,8 @@ import torch
 from tests.checkpoints import tensors
 from tests.launch import ROOT, run_ranks
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 POISONED = (24, 39)  # of batches of 4: the steps 7 to 10
 
 
@@ -59,7 +61,6 @@ def done(
     return SimpleNamespace(folder=folder, before=found[0], after=found[1])
 
 
-@pytest.mark.distributed
 def test_a_few_bad_steps_are_counted_and_written_down(done):
     assert done.before.statuses[0] == 0
     folder = done.folder / "through"
@@ -73,14 +74,12 @@ def test_a_few_bad_steps_are_counted_and_written_down(done):
     assert [r["skipped_steps_model"] for r in lines(folder, "train")] == [0, 4, 4]
 
 
-@pytest.mark.distributed
 def test_a_bad_step_does_not_poison_the_means(done):
     """Step 12's line is of the steps 7 to 12: of the two good ones among them."""
     assert all(math.isfinite(r["mlm_loss"]) for r in lines(done.folder / "through", "train"))
     assert all(r["mlm_loss"] is None for r in lines(done.folder / "through", "skipped"))
 
 
-@pytest.mark.distributed
 def test_bad_steps_in_a_row_end_the_run_on_all_ranks(done):
     """With the samples' numbers, and with the checkpoint from before as the newest."""
     assert done.before.statuses[1] == 1
@@ -90,7 +89,6 @@ def test_bad_steps_in_a_row_end_the_run_on_all_ranks(done):
     assert "at samples 24-35" in done.before.said
 
 
-@pytest.mark.distributed
 def test_a_run_goes_on_past_skipped_samples_as_if_they_had_never_been(done):
     assert done.after.statuses[:2] == [0, 0]
     assert done.after.skipped == []
@@ -105,7 +103,6 @@ def test_a_run_goes_on_past_skipped_samples_as_if_they_had_never_been(done):
     assert position["state"]["consumed_samples"] == 14 * 4 + 16
 
 
-@pytest.mark.distributed
 def test_a_collapsed_run_is_saved_and_ends_on_all_ranks(done):
     assert done.after.statuses[2] == 1
     folder = done.folder / "collapsed"
