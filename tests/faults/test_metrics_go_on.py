@@ -44,7 +44,7 @@ def test_each_step_comes_once_after_a_kill_and_a_resume_from_before(flags, tmp_p
         os.kill(run.launcher.pid, signal.SIGKILL)
         run.launcher.wait()
     reached = rows(folder)[-1]["step"]
-    saved = max((folder / "checkpoints").glob("step_*"))
+    saved = max((folder / "checkpoints").glob("step_???????"))
     steps = reached + 2
     more = ["--output_dir", str(folder), "--num_training_steps", str(steps)]
     printed = run_ranks(ROOT / "run_pretrain.py", *flags, *more)
