@@ -437,7 +437,7 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
             f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()
         )
         raise ValueError(f"{path}, in {error.title}: {wrong}") from None
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is refused by DeepSpeed: {error}") from None
 
 

@@ -279,7 +279,7 @@ def _open_shard(data_dir: Path, shard: ShardInfo) -> tuple[np.ndarray, np.ndarra
             batch = pa.ipc.open_file(source).get_batch(0)
             column = batch.column("ids")
             offsets, ids = column.offsets.to_numpy(), column.values.to_numpy()
-    except (pa.ArrowInvalid, KeyError, AttributeError) as error:
+    except (pa.ArrowInvalid, OSError, KeyError, AttributeError) as error:  # a footer: OSError
         raise ValueError(f"{path} is not a shard: {error}. {CURE}") from None
     if batch.num_rows != shard.rows:
         raise ValueError(f"{path} must have {shard.rows} rows; it has {batch.num_rows}. {CURE}")
