@@ -9,6 +9,7 @@ every fault the engines that skipped it, and what must have stayed but did not.
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +183,7 @@ def main() -> None:
     if is_main():
         out_file.write_text(json.dumps(found))
     shutdown()
+    os._exit(0)  # gloo's threads sometimes abort the exit
 
 
 if __name__ == "__main__":
