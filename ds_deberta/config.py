@@ -206,6 +206,11 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         for name in ("objective", "model", "output_dir"):
             if name not in given:
                 raise ValueError(f"--{name} must be given (presets: {preset_names()})")
+        if (speed := instead_of_run["tokens_per_second"]) is not None:
+            if not instead_of_run["plan"]:
+                raise ValueError("--tokens_per_second goes with --plan; add that, or leave it out")
+            if not 0 < speed < math.inf:
+                raise ValueError(f"tokens_per_second must be positive, got {speed}")
         if given["objective"] == "mlm" and (lost := sorted(args.keys() & _RTD_ONLY)):
             raise ValueError(f"--{lost[0]} does not go with --objective mlm")
         filled = recipe(given["objective"], given["model"]) | given

@@ -69,6 +69,19 @@ def test_parameters_are_those_of_the_published_model():
     assert counts["embeddings"] == 128100 * 768 + 2 * 768
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens_per_second", "5"], "goes with --plan"),
+        (["--plan", "--tokens_per_second", "0"], "must be positive"),
+    ],
+)
+def test_a_speed_that_plans_nothing_is_refused(capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--objective", "rtd", "--model", "deberta-v3-nano", "--output_dir", "x", *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_a_large_run_is_planned_without_gpu_and_data(tmp_path):
     run = parse(
         [

@@ -27,6 +27,10 @@ def autocast_case(kind: str, stage: int, data_dir: Path, folder: Path) -> dict[s
     """Fp32 weights, sharded, and bf16 products."""
     ds_config = json.loads((ROOT / f"ds_configs/zero{stage}_fp32.json").read_text())
     ds_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if stage == 3:
+        # What DeepSpeed keeps gathered is gathered in fp32 by an update, in bf16 after a skipped
+        # one: as sound, but not the same bits. So let each use gather it.
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path = folder / f"zero{stage}_autocast.json"
     path.write_text(json.dumps(ds_config))
     made = case(kind, stage, "autocast", data_dir)
@@ -41,9 +45,6 @@ def examine(cases: list[dict[str, str]], folder: Path, world_size: int) -> None:
     for case in cases:
         engines = ("generator", "discriminator") if case["objective"] == "rtd" else ("model",)
         expected = {"changed": []}
-        if world_size > 1 and case["name"].endswith("zero3_autocast"):
-            # Rounded otherwise (the norm by 1e-4), by whatever fault; why is not known.
-            expected["changed"] = [f"the step after: {name}" for name in engines]
         for name in engines:
             for fault in FAULTS:
                 expected[f"{name} {fault}"] = skips(name, fault, case["sharing"])
