@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Thread
@@ -19,6 +19,8 @@ from sentencepiece import SentencePieceProcessor
 from sources import PIECE, Record, cut_text, parse, read_records
 
 SPLITS = ("train", "valid")
+CHUNK = 4 * PIECE  # characters, so that sending them to another process costs next to nothing
+AHEAD = 12  # chunks to encode while a shard goes to disk
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,16 @@ def choose_split(splits: tuple[str, ...], document: Place, *, seed: int, fractio
     file, number = document
     start, end = number * fraction, (number + 1) * fraction
     for unit in {int(start), int(end)}:
-        digest = hashlib.blake2b(f"{seed} {file} {unit}".encode(), digest_size=8).digest()
-        if start <= unit + int.from_bytes(digest) / 2**64 < end:
+        if start <= unit + _draw(seed, file, unit) < end:
             return "valid"
     return "train"
+
+
+@lru_cache(maxsize=4)
+def _draw(seed: int, file: int, unit: int) -> float:
+    """Draw a number from [0, 1)."""
+    digest = hashlib.blake2b(f"{seed} {file} {unit}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
 
 
 def read_chunks(
@@ -85,7 +93,7 @@ def read_chunks(
                     chunk.places.append((number, count))
                     chunk.records.append(record)
                     chunk.size += len(record.raw)
-                    if chunk.size >= PIECE:
+                    if chunk.size >= CHUNK:
                         chunk.bytes_read = bytes_read + raw.tell()
                         yield chunk
                         chunks[split] = Chunk(split)
@@ -111,7 +119,7 @@ def encode_chunks(
         pending: deque[tuple[Chunk, Future[tuple[np.ndarray, list[int]]]]] = deque()
         for chunk in chunks:
             pending.append((chunk, pool.submit(encode, chunk.records)))
-            if len(pending) > 2 * workers:
+            if len(pending) > 2 * workers + AHEAD:
                 chunk, future = pending.popleft()
                 yield chunk, *future.result()
         for chunk, future in pending:

@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the choice of validation documents")
     add("--rows_per_shard", type=int, default=ROWS_PER_SHARD)
     cores = len(os.sched_getaffinity(0))
-    add("--workers", type=int, default=cores, help="encoding processes; 0: none besides this one")
+    add("--workers", type=int, default=cores + 1, help="processes that encode; 0: this one does")
     add("--overwrite", action="store_true", help="replace what is finished, or of other settings")
     args = parser.parse_args(argv)
     if not 0 <= args.valid_fraction < 1:

@@ -55,10 +55,8 @@ class RowWriter:
         keep_documents_apart: bool,
         separator: tuple[int, ...] | None = None,
     ):
-        self.folder = folder
         self.progress = progress
         self.row_length = row_length
-        self.rows_per_shard = rows_per_shard
         self.keep_documents_apart = keep_documents_apart
         self._separator = None if separator is None else np.array(separator, dtype=np.int32)
         self._open = [np.array(row, dtype=np.int32) for row in progress.open_rows]
@@ -68,7 +66,10 @@ class RowWriter:
         self._is_counted = True  # the last document, among those with an id
         self._row: list[np.ndarray] = []
         self._row_ids = 0
-        self._start_shard()
+        self._earlier = progress.shards
+        self._writer = ShardWriter(
+            folder, rows_per_shard=rows_per_shard, first_shard=len(progress.shards)
+        )
 
     def add(self, place: Place, *, starts_document: bool, ids: np.ndarray) -> None:
         """Add the ids of one record. After a restart the first one is `progress.place`, again."""
@@ -99,7 +100,8 @@ class RowWriter:
         self._end_row()
         while self._open:
             self._write(self._open.pop(0))
-        self._end_shard()
+        self._writer.close()
+        self._note_progress()
         shards = self.progress.shards
         return SplitInfo(
             rows=sum(shard.rows for shard in shards),
@@ -141,26 +143,15 @@ class RowWriter:
         return row
 
     def _write(self, row: np.ndarray) -> None:
-        self._shard.write(row)
-        self._shard_rows += 1
-        if self._shard_rows == self.rows_per_shard:
-            self._end_shard()
+        if self._writer.write(row):
+            self._note_progress()
 
-    def _start_shard(self) -> None:
-        self._shard = ShardWriter(
-            self.folder,
-            rows_per_shard=self.rows_per_shard,
-            first_shard=len(self.progress.shards),
-        )
-        self._shard_rows = 0
-
-    def _end_shard(self) -> None:
+    def _note_progress(self) -> None:
         self.progress = Progress(
             place=self._place,
             ids=self._ids,
             begun=self._begun,
             documents=self._documents,
-            shards=(*self.progress.shards, *self._shard.close()),
+            shards=(*self._earlier, *self._writer.shards),
             open_rows=tuple(tuple(row.tolist()) for row in self._open),
         )
-        self._start_shard()

@@ -123,6 +123,9 @@ class ShardWriter:
         folder: The split's folder in the data folder, e.g. DATA/train; it is made.
         rows_per_shard: As many rows are held in memory.
         first_shard: Number of the first shard, for a restart or for one worker of several.
+
+    Attributes:
+        shards: What is on disk, in order.
     """
 
     def __init__(self, folder: Path, *, rows_per_shard: int = ROWS_PER_SHARD, first_shard: int = 0):
@@ -130,26 +133,35 @@ class ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows_per_shard = rows_per_shard
         self.first_shard = first_shard
-        self._rows: list[np.ndarray] = []
-        self._shards: list[ShardInfo] = []
+        self.shards: list[ShardInfo] = []
+        self._offsets = [0]
+        self._ids = np.empty(1 << 16, dtype=np.int32)  # for all shards: new memory costs time
 
-    def write(self, row: np.ndarray) -> None:
-        """Add one row of token ids."""
-        self._rows.append(np.asarray(row, dtype=np.int32))
-        if len(self._rows) == self.rows_per_shard:
+    def write(self, row: np.ndarray) -> bool:
+        """Add one row of token ids; True if that fills a shard, which is on disk then."""
+        start, end = self._offsets[-1], self._offsets[-1] + len(row)
+        if end > len(self._ids):
+            grown = np.empty(2 * end, dtype=np.int32)
+            grown[:start] = self._ids[:start]
+            self._ids = grown
+        self._ids[start:end] = row
+        self._offsets.append(end)
+        is_full = len(self._offsets) > self.rows_per_shard
+        if is_full:
             self._write_shard()
+        return is_full
 
     def close(self) -> list[ShardInfo]:
         """Write what is left and return all shards written, in order."""
-        if self._rows:
+        if len(self._offsets) > 1:
             self._write_shard()
-        return self._shards
+        return self.shards
 
     def _write_shard(self) -> None:
-        path = self.folder / f"{self.first_shard + len(self._shards):05d}.arrow"
-        offsets = np.zeros(len(self._rows) + 1, dtype=np.int32)
-        np.cumsum([len(row) for row in self._rows], out=offsets[1:])
-        ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._rows)))
+        path = self.folder / f"{self.first_shard + len(self.shards):05d}.arrow"
+        rows, tokens = len(self._offsets) - 1, self._offsets[-1]
+        offsets = pa.array(self._offsets, type=pa.int32())
+        ids = pa.ListArray.from_arrays(offsets, pa.array(self._ids[:tokens]))
         digest = hashlib.sha256()
 
         def write(file: IO[bytes]) -> None:
@@ -158,16 +170,16 @@ class ShardWriter:
                 writer.write_batch(pa.record_batch([ids], schema=SCHEMA))
 
         write_durably(path, write)
-        self._shards.append(
+        self.shards.append(
             ShardInfo(
                 file=f"{self.folder.name}/{path.name}",
-                rows=len(self._rows),
-                tokens=int(offsets[-1]),
+                rows=rows,
+                tokens=tokens,
                 bytes=path.stat().st_size,
                 sha256=digest.hexdigest(),
             )
         )
-        self._rows.clear()
+        self._offsets = [0]
 
 
 class ShardDataset:

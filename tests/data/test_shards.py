@@ -68,6 +68,19 @@ def test_a_writer_can_go_on_at_a_later_shard_and_leaves_no_temporary_files(tmp_p
     assert ShardWriter(tmp_path / "empty").close() == []
 
 
+def test_a_writer_says_when_a_shard_is_full_and_keeps_rows_of_any_length(tmp_path):
+    writer = ShardWriter(tmp_path / "train", rows_per_shard=3)
+    rows = [np.arange(length) + length for length in (40_000, 1, 70_000, 200_000, 5)]
+    assert [writer.write(row) for row in rows] == [False, False, True, False, False]
+    assert [shard.tokens for shard in writer.close()] == [110_001, 200_005]
+    written = [
+        row.as_py()
+        for name in ("00000.arrow", "00001.arrow")
+        for row in pa.ipc.open_file(tmp_path / "train" / name).get_batch(0).column("ids")
+    ]
+    assert written == [row.tolist() for row in rows]
+
+
 def test_the_manifest_comes_back_as_it_was_saved(data):
     assert Manifest.load(data.folder) == data.manifest
     fields = json.loads((data.folder / "manifest.json").read_text())
