@@ -162,7 +162,7 @@ def test_a_folder_that_vanishes_is_an_error(corpus, vocab_file, tmp_path, what):
         (copy / name).write_bytes((corpus / name).read_bytes())
     output = tmp_path / "data"
     process = subprocess.Popen(
-        command(copy, vocab_file, output),
+        [*command(copy, vocab_file, output), "--workers", "0"],  # reads no chunk ahead
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
