@@ -16,11 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 import psutil
 from sentencepiece import SentencePieceProcessor
+
+from ds_deberta.metrics import processor
 
 DATA_TOOLS = Path(__file__).resolve().parents[1] / "data_tools"
 sys.path.insert(0, str(DATA_TOOLS))
@@ -40,6 +43,10 @@ def main() -> None:
     files, _ = find_files([args.input])
     texts = list(islice(read_texts(files, text_field="text"), 20_000))
     size = sum(len(text.encode()) for text in read_texts(files, text_field="text"))
+    print(f"`python benchmarks/prepare_data.py`: {processor()}, ", end="")
+    print(f"sentencepiece {version('sentencepiece')}\n")
+    print("| text | tokens/s | sentencepiece alone | ratio | by CPU time | peak memory |")
+    print("|-|-|-|-|-|-|", flush=True)
     encode_alone(texts, args.vocab, seconds=2)  # warm up
     peaks: list[float] = []
     for megabytes in args.megabytes:
@@ -53,24 +60,23 @@ def main() -> None:
             after = encode_alone(texts, args.vocab)
         alone, cpu_alone = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
         print(
-            f"{megabytes} MB, {CORES} cores: {speed:,.0f} tokens/s; encode alone {alone:,.0f}; "
-            f"ratio {speed / alone:.2f}; by CPU time {cpu_speed / cpu_alone:.2f}; "
-            f"peak memory {peak / 1e6:,.0f} MB",
+            f"| {megabytes:,} MB | {speed:,.0f} | {alone:,.0f} | {speed / alone:.2f} "
+            f"| {cpu_speed / cpu_alone:.2f} | {peak / 1e6:,.0f} MB |",
             flush=True,
         )
         peaks.append(peak)
-    print(f"peak memory, largest input over smallest: {peaks[-1] / peaks[0]:.2f}")
+    print(f"\nPeak memory, largest input over smallest: {peaks[-1] / peaks[0]:.2f}")
 
 
 def encode_alone(
     texts: list[str], vocab: str, seconds: float = BASELINE_SECONDS
 ) -> tuple[float, float]:
     """Return tokens per second, and per second of CPU time, of sentencepiece on all cores."""
-    processor = SentencePieceProcessor(model_file=vocab)
+    alone = SentencePieceProcessor(model_file=vocab)
     tokens, wall, cpu = 0, 0.0, 0.0
     for batch in batches(texts):
         started, cpu_started = time.perf_counter(), time.process_time()
-        tokens += sum(map(len, processor.encode(batch, num_threads=CORES)))
+        tokens += sum(map(len, alone.encode(batch, num_threads=CORES)))
         wall += time.perf_counter() - started
         cpu += time.process_time() - cpu_started
         if wall > seconds:

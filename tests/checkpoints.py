@@ -18,8 +18,10 @@ def tensors(model: Path, kind: str = "weights") -> dict[str, Tensor]:
 
 
 def check_same_bits(found: Path, expected: Path) -> None:
-    """Compare all weights and moments of two checkpoints of RTD."""
-    for model in ("generator", "discriminator"):
+    """Compare all weights and moments of all models of two checkpoints."""
+    models = {path.name for path in expected.iterdir() if path.is_dir()}
+    assert {path.name for path in found.iterdir() if path.is_dir()} == models != set()
+    for model in models:
         for kind in ("weights", "exp_avg", "exp_avg_sq"):
             ours, theirs = tensors(found / model, kind), tensors(expected / model, kind)
             assert ours.keys() == theirs.keys() != set()

@@ -34,6 +34,7 @@ MOVES = {
 def command(kind: str, config: str, step: int, data_dir: Path, model: Path, run: Path) -> list[str]:
     return [
         *("--objective", "mlm" if kind == "mlm" else "rtd"),
+        *(() if kind == "mlm" else ("--embedding_sharing", kind)),
         *("--model", str(model), "--data_dir", str(data_dir), "--output_dir", str(run)),
         *("--deepspeed_config", str(ROOT / f"ds_configs/{config}.json")),
         *("--max_seq_length", "32", "--train_batch_size", "12", "--micro_batch_size", "2"),

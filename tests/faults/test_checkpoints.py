@@ -16,6 +16,7 @@ from tests.checkpoints import check_same_bits
 from tests.launch import ROOT, clean_environment, free_port, processes_with, run_ranks
 from tests.test_moves import MOVES as SHORT_MOVES
 from tests.test_moves import check_move, command, run_all
+from tests.test_resume import KINDS, train_rows
 
 LONG_MOVES = {
     "three-two-one": [(3, "zero0_fp32", 4), (2, "zero1_fp32", 7), (1, "zero3_fp32", 10)],
@@ -33,7 +34,7 @@ LONG_MOVES = {
     ],
     "bf16 grows": [(1, "zero2_bf16", 3), (3, "zero1_bf16", 6), (2, "zero3_bf16", 10)],
 }
-KILLS = 20
+KILLS = 25
 
 
 @pytest.mark.slow
@@ -52,14 +53,22 @@ def test_runs_move_over_ranks_stages_and_precisions(data_dir, tiny_model_file, t
 def test_twenty_steps_in_four_processes_are_twenty_in_one(
     data_dir, tiny_model_file, tmp_path, config
 ):
-    """Bit for bit, with dropout on."""
+    """Bit for bit, with dropout on, whatever is trained; and so is what was logged."""
     for name, ends in (("whole", (20,)), ("parts", (3, 9, 14, 20))):
         for end in ends:
-            line = command("gdes", config, end, data_dir, tiny_model_file, tmp_path / name)
-            lines = [[*line, "--dropout", "0.1"]]
+            of_all = (config, end, data_dir, tiny_model_file)
+            lines = [
+                [*command(kind, *of_all, tmp_path / name / kind), "--dropout", "0.1"]
+                for kind in KINDS
+            ]
             run_ranks(ROOT / "tests/workers/pretrain_runs.py", json.dumps(lines), world_size=2)
-    saved = "checkpoints/step_0000020"
-    check_same_bits(tmp_path / "parts" / saved, tmp_path / "whole" / saved)
+    for kind in KINDS:
+        parts, whole = tmp_path / "parts" / kind, tmp_path / "whole" / kind
+        saved = "checkpoints/step_0000020"
+        check_same_bits(parts / saved, whole / saved)
+        rows = train_rows(whole)
+        assert [row["step"] for row in rows] == list(range(1, 21))
+        assert train_rows(parts) == rows
 
 
 @pytest.mark.slow
