@@ -27,7 +27,7 @@ class TrainConfig:
     train_batch_size: int = 256
     """Rows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = None
-    """Rows per process and forward pass; default: the largest fitting divisor up to 32."""
+    """Rows per process and forward pass, if it has as many; default: the largest divisor up to 32."""
     log_interval: int = 100
     """Optimizer steps between log lines."""
     eval_interval: int | None = None
@@ -62,14 +62,15 @@ class TrainConfig:
                 f"train_batch_size must be a multiple of the {world_size} processes, got "
                 f"{self.train_batch_size}. Try --train_batch_size {world_size * max(1, per_rank)}."
             )
-        if self.micro_batch_size is None:
-            return max(n for n in range(1, min(32, per_rank) + 1) if per_rank % n == 0)
-        if per_rank % self.micro_batch_size:
+        most = min(self.micro_batch_size or 32, per_rank)
+        fitting = max(rows for rows in range(1, most + 1) if per_rank % rows == 0)
+        if self.micro_batch_size and fitting != most:
             raise ValueError(
                 "train_batch_size must be a multiple of micro_batch_size x processes, got "
-                f"{self.train_batch_size} and {self.micro_batch_size} x {world_size}"
+                f"{self.train_batch_size} and {self.micro_batch_size} x {world_size}. "
+                f"Try --micro_batch_size {fitting}."
             )
-        return self.micro_batch_size
+        return fitting
 
 
 def train(

@@ -79,6 +79,27 @@ def test_help_explains_every_flag(capsys):
 @pytest.mark.parametrize(
     ("objective", "preset"), [(o, p) for o, presets in RECIPES.items() for p in presets]
 )
+def test_every_recipe_runs_on_any_power_of_two_processes(objective, preset):
+    """As far as it has rows: the demo too, on as many GPUs as there are."""
+    run = parse(["--objective", objective, "--model", preset, "--output_dir", "runs/x"])
+    rows = run.train.train_batch_size
+    for processes in (1, 2, 4, 8, 16, 32):
+        micro = run.train.micro_batch(processes)
+        assert rows % (micro * processes) == 0
+        assert micro == min(rows // processes, run.train.micro_batch_size or 32)
+
+
+def test_a_micro_batch_is_at_most_what_a_process_has_and_must_divide_it():
+    train = parse([*RTD, "--train_batch_size", "48", "--micro_batch_size", "32"]).train
+    assert train.micro_batch(2) == 24
+    with pytest.raises(ValueError, match=r"got 48 and 32 x 1\. Try --micro_batch_size 24\."):
+        train.micro_batch(1)
+    assert replace(train, micro_batch_size=None).micro_batch(1) == 24
+
+
+@pytest.mark.parametrize(
+    ("objective", "preset"), [(o, p) for o, presets in RECIPES.items() for p in presets]
+)
 def test_every_recipe_parses_and_names_a_shipped_config(objective, preset):
     run = parse(["--objective", objective, "--model", preset, "--output_dir", "runs/x"])
     assert (ROOT / run.deepspeed_config).is_file()
