@@ -344,6 +344,7 @@ def initialize_engine(
     optimizer = None if "optimizer" in ds_config else build_optimizer(module, optim, lr)
     if keeps_rows(ds_config) and not torch.cuda.is_available():
         # A step reads few rows of a table. To list them, a GPU would have to wait.
+        torch.sparse.check_sparse_tensor_invariants.disable()  # as it is, but said: else it warns
         for part in module.modules():
             if hasattr(part, "sparse"):
                 part.sparse = True  # type: ignore[assignment]

@@ -27,7 +27,7 @@ class TrainConfig:
     train_batch_size: int = 256
     """Rows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = None
-    """Rows per process and forward pass, if it has as many; default: the largest divisor up to 32."""
+    """Rows per process and forward pass, if it has as many; default: what divides, up to 32."""
     log_interval: int = 100
     """Optimizer steps between log lines."""
     eval_interval: int | None = None
