@@ -62,14 +62,26 @@ def packed_data_dir(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) 
     return write_data(tmp_path_factory.mktemp("packed"), vocab_file, documents_end_at=(4, 17))
 
 
-def write_data(folder: Path, vocab_file: Path, *, documents_end_at: Sequence[int] = ()) -> Path:
+@pytest.fixture(scope="session")
+def short_data_dir(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such data at length 24."""
+    return write_data(tmp_path_factory.mktemp("short"), vocab_file, max_seq_length=24)
+
+
+def write_data(
+    folder: Path,
+    vocab_file: Path,
+    *,
+    max_seq_length: int = 32,
+    documents_end_at: Sequence[int] = (),
+) -> Path:
     """Make a data folder, packed if `documents_end_at` says where [SEP] [CLS] stands in a row."""
     (folder / "spm.model").write_bytes(vocab_file.read_bytes())
     tokenizer = DebertaTokenizer(folder / "spm.model")
     splits = {}
     for split, rows, seed in (("train", 200, 1), ("valid", 24, 2)):
         ids = np.array([i for line in sentences(600, seed) for i in tokenizer.encode(line)])
-        lengths = np.where(np.arange(rows) % 7 == 0, 11, 30)
+        lengths = np.where(np.arange(rows) % 7 == 0, 11, max_seq_length - 2)
         writer = ShardWriter(folder / split, rows_per_shard=64)
         for row in np.split(ids[: lengths.sum()], np.cumsum(lengths)[:-1]):
             for end in (end for end in documents_end_at if end < len(row)):
@@ -82,7 +94,7 @@ def write_data(folder: Path, vocab_file: Path, *, documents_end_at: Sequence[int
         tokenizer=TokenizerInfo(
             file="spm.model", sha256=tokenizer.sha256, num_tokens=tokenizer.num_tokens
         ),
-        max_seq_length=32,
+        max_seq_length=max_seq_length,
         keep_documents_apart=False,
         packed=len(documents_end_at) > 0,
         splits=splits,

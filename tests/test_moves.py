@@ -84,6 +84,7 @@ def run_all(
 def runs(
     data_dir: Path,
     packed_data_dir: Path,
+    short_data_dir: Path,
     tiny_model_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
@@ -94,11 +95,13 @@ def runs(
 
     others = ("--train_batch_size", "6", "--learning_rate", "5e-4", "--max_grad_norm", "0.5")
     accept = ("--accept_changes", "data", "train_batch_size", "learning_rate", "max_grad_norm")
+    shorter = (*others, "--max_seq_length", "24", "--accept_changes", "data", "max_seq_length")
     full = line("gdes", STEPS, "full on the way", "--dump_interval", "4")
     changed = [
         (line("mlm", 2, "changed"), [], 0),
         (line("mlm", 4, "changed", *others, *accept, data=packed_data_dir), [], 0),
         (line("mlm", 6, "changed", *others, data=packed_data_dir), [], 0),
+        (line("mlm", 8, "changed", *shorter, data=short_data_dir), [], 0),
     ]
     failing = [
         (full, [4], 0),
@@ -169,12 +172,12 @@ def test_settings_change_when_asked(runs: Path) -> None:
     run = runs / "changed"
     states = [
         json.loads((run / f"checkpoints/step_{n:07d}/checkpoint.json").read_text())["state"]
-        for n in (2, 4, 6)
+        for n in (4, 6, 8)
     ]
-    assert [state["consumed_samples"] for state in states] == [24, 12, 24]
+    assert [state["consumed_samples"] for state in states] == [12, 24, 12]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rows if row["split"] == "train"]
-    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, *[5e-4] * 4])  # a warm-up of 3 steps
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, *[5e-4] * 6])  # a warm-up of 3 steps
 
 
 def losses(run: Path) -> torch.Tensor:
