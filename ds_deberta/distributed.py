@@ -3,6 +3,7 @@
 Works the same under `deepspeed`, `torchrun`, `srun` and plain `python` (one process).
 """
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -12,7 +13,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -133,7 +134,8 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
     `seed_step` then gives every rank its own dropout masks.
 
     Raises:
-        ValueError: variables that make no sense, or another number of processes than expected.
+        ValueError: variables that make no sense, another number of processes than expected, or a
+            busy port.
     """
     place = find_place(os.environ)
     _set_up_logging(main=place.rank == 0)
@@ -155,18 +157,19 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
                 MASTER_ADDR=place.master_addr,
                 MASTER_PORT=str(place.master_port),
             )
-            if place.master_addr in _THIS_MACHINE and "TORCHELASTIC_RUN_ID" not in os.environ:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-                store = _local_store(place, COLLECTIVE_TIMEOUT)
-                dist.init_process_group(
-                    backend,
-                    store=store,
-                    rank=place.rank,
-                    world_size=place.world_size,
-                    timeout=COLLECTIVE_TIMEOUT,
-                )
-            else:
-                dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            with _told_of_a_busy_port(place):
+                if place.master_addr in _THIS_MACHINE and "TORCHELASTIC_RUN_ID" not in os.environ:
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                    store = _local_store(place, COLLECTIVE_TIMEOUT)
+                    dist.init_process_group(
+                        backend,
+                        store=store,
+                        rank=place.rank,
+                        world_size=place.world_size,
+                        timeout=COLLECTIVE_TIMEOUT,
+                    )
+                else:
+                    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         else:  # plain `python`: a group of one, without a port
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(
@@ -182,6 +185,19 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     _keep_freed_memory()
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _told_of_a_busy_port(place: Place) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, dist.DistNetworkError) as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"MASTER_PORT must be free on {place.master_addr}; {place.master_port} is in use there."
+            " End who has it, or choose another one: MASTER_PORT, or --master_port of a launcher."
+        ) from None
 
 
 def _local_store(place: Place, timeout: timedelta) -> Any:

@@ -1,8 +1,12 @@
+import socket
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from ds_deberta import distributed
-from ds_deberta.distributed import find_place, initialize
+from ds_deberta.distributed import Place, find_place, initialize
 from ds_deberta.kernels.dropout import dropout
 
 MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "123"}
@@ -86,6 +90,21 @@ def test_another_number_of_processes_than_expected_is_refused(monkeypatch):
     set_environment(monkeypatch)
     with pytest.raises(ValueError, match="expect_world_size is 2, but there are 1 processes"):
         initialize(0, expect_world_size=2)
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        lambda place: distributed._local_store(place, timedelta(seconds=5)),
+        lambda place: dist.TCPStore(place.master_addr, place.master_port, 1, True),  # of torch
+    ],
+)
+def test_a_busy_port_is_named(listen):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = Place(unit="process", source="a test", master_port=server.getsockname()[1])
+        message = f"{place.master_port} is in use there.*--master_port"
+        with pytest.raises(ValueError, match=message), distributed._told_of_a_busy_port(place):
+            listen(place)
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank(monkeypatch):
