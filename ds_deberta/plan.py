@@ -56,6 +56,7 @@ from ds_deberta.objectives.rtd import RTDObjective
 Device = Literal["cpu", "gpu"]
 _SEND_AT_ONCE = 500_000_000  # numbers: DeepSpeed's all-reduce without ZeRO
 _SUB_GROUP = 1_000_000_000  # numbers: ZeRO-3 updates as many at a time
+_BY_PARAMETER = ("weights", "fp32 masters", "moments")  # as large as parameters are many
 _TRITON_SCRATCH = 48 * 2**20  # kernels.triton_attention.WORKSPACE_BYTES
 
 
@@ -92,19 +93,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one process, by part."""
+    """Bytes of one process."""
 
     parts: dict[str, float]
-    """On the device; they add up to the greatest sum at any time."""
+    """On the device, each at its greatest."""
+    total: float
+    """On the device, the greatest sum at any time: gradients come as activations go."""
     host: float = 0.0
     """In CPU memory, of what is offloaded."""
     disk: float = 0.0
     """On NVMe, of what is offloaded."""
-
-    @property
-    def total(self) -> float:
-        """Bytes on the device."""
-        return sum(self.parts.values())
 
 
 def count_parameters(shape: Shape) -> dict[str, dict[str, int]]:
@@ -139,11 +137,15 @@ def footprint(shape: Shape, ds_config: Mapping[str, Any], processes: int) -> Foo
         for part, count in engine.kept.items():
             kept[part] = kept.get(part, 0.0) + count
     mode = "keep" if stage < 2 else "gather" if stage == 3 and processes > 1 else "drop"
-    peaks = [trace.peak[mode] + max(engine.backward for engine in engines.values())]
+    gradients = [max(engine.backward for engine in engines.values())]
+    peaks = [trace.peak[mode] + gradients[0]]
     for name, (with_gradients, without) in trace.at_update.items():
-        peaks.append((without if stage else with_gradients) + engines[name].update)
+        gradients.append(engines[name].update + (0.0 if stage else with_gradients - without))
+        peaks.append(without + gradients[-1])
+        if stage == 1:  # all of them, until they are sent
+            gradients.append(with_gradients - without + gradients[0])
     scratch = _TRITON_SCRATCH if shape.device == "gpu" and shape.attention != "reference" else 0
-    kept["activations, gradients"] = max(peaks) + scratch
+    activations = trace.peak["gather" if mode == "gather" else "drop"] + scratch
     host = disk = 0.0
     for what, parts in (
         ("optimizer", ("fp32 masters", "moments", "gradient buffers")),
@@ -166,7 +168,12 @@ def footprint(shape: Shape, ds_config: Mapping[str, Any], processes: int) -> Foo
             host += count * 4 * min(numbers, _SUB_GROUP)
         else:
             host += moved
-    return Footprint(kept, host, disk)
+    on_the_way = {
+        "gradients": max(gradients),
+        "activations, gathered weights" if mode == "gather" else "activations": activations,
+    }
+    total = sum(kept.values()) + max(peaks) + scratch
+    return Footprint(kept | on_the_way, total, host, disk)
 
 
 @dataclass(frozen=True)
@@ -495,15 +502,18 @@ def _lines_of_memory(
         f"{run.deepspeed_config}, micro-batches of {shape.rows} x {shape.length}:\n"
     )
     chosen = footprint(shape, ds_config, processes)
-    yield "| part | |\n|-|-|"
+    counts = count_parameters(shape).values()
+    share = sum(c["embeddings"] for c in counts) / sum(sum(c.values()) for c in counts)
+    yield "| part, at its greatest | | of it embeddings |\n|-|-|-|"
     for part, count in chosen.parts.items():
-        yield f"| {part} | {_gib(count)} |"
-    yield f"| **together** | **{_gib(chosen.total)}** |"
+        embeddings = _gib(share * count) if part in _BY_PARAMETER else ""
+        yield f"| {part} | {_gib(count)} | {embeddings} |"
+    yield f"| **together, at any time** | **{_gib(chosen.total)}** | |"
     for name, count in (("CPU memory", chosen.host), ("NVMe", chosen.disk)):
         if count:
-            yield f"| beside it, {name} | {_gib(count)} |"
+            yield f"| beside it, {name} | {_gib(count)} | |"
     kept = ", ".join(f"{name} {_gib(count)}" for name, count in trace_step(shape).kept.items())
-    yield f"\nOf the activations stay from forward to backward: {kept}.\n"
+    yield f"\nGradients come as activations go. Of these stay from forward to backward: {kept}.\n"
 
     sizes = {}
     for count in (processes // 2, processes, 2 * processes):

@@ -9,7 +9,7 @@ import torch
 from ds_deberta.config import parse
 from ds_deberta.distributed import plan_world_size
 from ds_deberta.model import MODELS, generator_config
-from ds_deberta.plan import Shape, count_parameters, plan
+from ds_deberta.plan import Shape, count_parameters, footprint, plan
 from tests.launch import ROOT, run_ranks
 
 CONFIGS = ["zero0_fp32", "zero1_bf16", "zero3_bf16"]
@@ -67,6 +67,23 @@ def test_parameters_are_those_of_the_published_model():
     counts = count_parameters(shape())["discriminator"]
     assert counts["backbone"] == pytest.approx(86e6, rel=0.01)
     assert counts["embeddings"] == 128100 * 768 + 2 * 768
+
+
+def test_parts_are_told_apart():
+    """Activations grow with the rows alone, gradients with the model alone."""
+    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 8}}
+    model = {"configs": (("model", MODELS["deberta-v3-nano"]),)}
+    small, large = (
+        footprint(shape("mlm", **model, rows=rows, attention="reference"), config, 1)
+        for rows in (4, 8)
+    )
+    numbers = sum(count_parameters(shape("mlm", **model))["model"].values())
+    assert small.parts["gradients"] == large.parts["gradients"] >= 2 * numbers
+    assert large.parts["activations"] == pytest.approx(2 * small.parts["activations"], rel=0.2)
+    for each in (small, large):
+        kept = sum(each.parts[part] for part in ("weights", "fp32 masters", "moments"))
+        assert kept == 14 * numbers
+        assert kept + each.parts["activations"] <= each.total <= sum(each.parts.values())
 
 
 @pytest.mark.parametrize(
