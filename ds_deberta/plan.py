@@ -513,7 +513,7 @@ def _lines_of_memory(
         if count:
             yield f"| beside it, {name} | {_gib(count)} | |"
     kept = ", ".join(f"{name} {_gib(count)}" for name, count in trace_step(shape).kept.items())
-    yield f"\nGradients come as activations go. Of these stay from forward to backward: {kept}.\n"
+    yield f"\nGradients come as activations go; of the activations stay from forward to backward: {kept}.\n"
 
     sizes = {}
     for count in (processes // 2, processes, 2 * processes):

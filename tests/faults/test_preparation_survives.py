@@ -161,8 +161,9 @@ def test_a_folder_that_vanishes_is_an_error(corpus, vocab_file, tmp_path, what):
     for name in ("a.jsonl", "b.jsonl"):
         (copy / name).write_bytes((corpus / name).read_bytes())
     output = tmp_path / "data"
+    ahead = ("--workers", "0") if what == "input" else ()  # else it is read before a shard is there
     process = subprocess.Popen(
-        [*command(copy, vocab_file, output), "--workers", "0"],  # reads no chunk ahead
+        command(copy, vocab_file, output, *ahead),
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
