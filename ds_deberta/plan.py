@@ -513,7 +513,8 @@ def _lines_of_memory(
         if count:
             yield f"| beside it, {name} | {_gib(count)} | |"
     kept = ", ".join(f"{name} {_gib(count)}" for name, count in trace_step(shape).kept.items())
-    yield f"\nGradients come as activations go; of the activations stay from forward to backward: {kept}.\n"
+    stays = f"of the activations stay from forward to backward: {kept}"
+    yield f"\nGradients come as activations go; {stays}.\n"
 
     sizes = {}
     for count in (processes // 2, processes, 2 * processes):
