@@ -25,6 +25,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402 - the accelerator and the log level must be set before
 import deepspeed.ops  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
@@ -88,6 +89,9 @@ _BATCH_KEYS = (
 )
 # Elements sent at once. Smaller ones cost more in latency than they hide.
 _SMALLEST_BUCKET = 2**20
+# fp16's loss scale stays between min_loss_scale and this one, as in NVIDIA's Apex. DeepSpeed has
+# no bound above: it would go on doubling to infinity, whose gradients are never finite again.
+_GREATEST_LOSS_SCALE = 2.0**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +183,8 @@ def load_ds_config(path: Path, facts: DeepSpeedFacts, *, runs_here: bool = True)
         config["zero_force_ds_cpu_optimizer"] = False
     _check_precision(path, config)
     _check_skipping(path, config)
-    _check_values(path, config)
+    _check_masters(path, config)
+    _check_loss_scale(path, _read_by_deepspeed(path, config))
     _check_sharding(path, config)
     if runs_here:
         _check_machine(path, config)
@@ -277,6 +282,9 @@ class Engine:
             if self._engine.optimizer.overflow:
                 self.module.zero_grad(set_to_none=True)
         self._engine.step()
+        if self._engine.fp16_enabled():
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale = min(scaler.cur_scale, _GREATEST_LOSS_SCALE)
 
     @property
     def applied(self) -> bool:
@@ -292,7 +300,7 @@ class Engine:
             "skipped_steps": float(self._engine.skipped_steps),
         }
         if self._engine.fp16_enabled():
-            stats["loss_scale"] = float(self._engine.loss_scale())
+            stats["loss_scale"] = float(self._engine.optimizer.loss_scaler.cur_scale)
         return stats
 
     def state(self) -> ModelState:
@@ -427,12 +435,26 @@ def _check_precision(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_values(path: Path, config: Mapping[str, Any]) -> None:
-    """Have DeepSpeed's own model of its configuration read it."""
+def _check_masters(path: Path, config: Mapping[str, Any]) -> None:
+    for place in (
+        "bf16.bf16_master_weights_and_grads",
+        "bf16.bf16_optimizer_states",
+        "fp16.fp16_master_weights_and_grads",
+    ):
+        if _get(config, place):
+            raise ValueError(
+                f"{path} sets {place}: updates smaller than the last bit of a weight would be "
+                "lost, and checkpoints hold weights and moments in fp32. Remove it; to save "
+                "memory, take ds_configs/zero3_bf16_offload.json."
+            )
+
+
+def _read_by_deepspeed(path: Path, config: Mapping[str, Any]) -> DeepSpeedConfig:
+    """Read it into DeepSpeed's own model of its configuration."""
     own = {name: value for name, value in config.items() if name not in _BATCH_KEYS}
     try:
         with _quiet():
-            DeepSpeedConfig(own | {"train_micro_batch_size_per_gpu": 1})
+            return DeepSpeedConfig(own | {"train_micro_batch_size_per_gpu": 1})
     except pydantic.ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()
@@ -440,6 +462,17 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}, in {error.title}: {wrong}") from None
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is refused by DeepSpeed: {error}") from None
+
+
+def _check_loss_scale(path: Path, config: DeepSpeedConfig) -> None:
+    fp16 = config.float16_config
+    least, start = fp16.min_loss_scale, fp16.loss_scale or fp16.initial_dynamic_scale()
+    if fp16.enabled and not least <= start <= _GREATEST_LOSS_SCALE:
+        raise ValueError(
+            f"{path}: fp16's loss scale must start between min_loss_scale = {least} and "
+            f"{_GREATEST_LOSS_SCALE:,.0f}, which is 2 ** 24; got {start:,}. Set "
+            "initial_scale_power to 14, as in ds_configs/zero1_fp16.json."
+        )
 
 
 def _check_sharding(path: Path, config: Mapping[str, Any]) -> None:
@@ -466,10 +499,11 @@ def _check_sharding(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_machine(path: Path, config: Mapping[str, Any]) -> None:
-    if config.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
+    accelerator: Any = get_accelerator()
+    if config.get("fp16", {}).get("enabled") and not accelerator.is_fp16_supported():
         raise ValueError(
-            f"{path} enables fp16, which needs a GPU. On a CPU use bf16 "
-            "(ds_configs/zero1_bf16.json) or fp32 (ds_configs/zero0_fp32.json)."
+            f"{path} enables fp16, which this machine does not compute in: it needs a GPU. On a "
+            "CPU use bf16 (ds_configs/zero1_bf16.json) or fp32 (ds_configs/zero0_fp32.json)."
         )
     options = config.get("zero_optimization", {})
     for name in ("zero_quantized_weights", "zero_quantized_gradients"):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ds_deberta.distributed import plan_world_size
 from ds_deberta.engine import (
@@ -42,7 +43,11 @@ def sixteen_processes():
     plan_world_size(1)
 
 
-NEEDS = {"fp16": "fp16, which needs a GPU", "zeropp": "which needs a GPU", "nvme": "NVMe disk"}
+NEEDS = {
+    "fp16": "fp16, which this machine does not compute in",
+    "zeropp": "which needs a GPU",
+    "nvme": "NVMe disk",
+}
 NEEDS |= {"offload": None, "bf16": None, "fp32": None}
 
 
@@ -78,7 +83,8 @@ def test_every_shipped_config_is_what_its_name_says(path, sixteen_processes):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has what these need")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_what_this_machine_lacks_is_named(path, sixteen_processes):
+def test_what_this_machine_lacks_is_named(path, sixteen_processes, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)  # few CPUs have it
     needed = next(message for kind, message in NEEDS.items() if kind in path.stem)
     wide = replace(facts(), train_batch_size=1024)
     if needed is None:
@@ -177,6 +183,15 @@ def test_half_precision_without_zero_is_refused(tmp_path):
         load_ds_config(path, facts())
 
 
+@pytest.mark.parametrize(
+    "settings", [{"initial_scale_power": 25}, {"min_loss_scale": 2**17}, {"loss_scale": 2.0**25}]
+)
+def test_a_loss_scale_that_starts_beyond_its_bounds_is_refused(tmp_path, settings):
+    path = write(tmp_path, fp16={"enabled": True} | settings, zero_optimization={"stage": 1})
+    with pytest.raises(ValueError, match=r"must start between min_loss_scale = \d+ and 16,777,216"):
+        load_ds_config(path, facts())
+
+
 def test_autocast_in_half_precision_is_refused(tmp_path):
     path = write(tmp_path, torch_autocast={"enabled": True, "dtype": "float16"})
     with pytest.raises(ValueError, match="skipped updates DeepSpeed does not report"):
@@ -196,6 +211,20 @@ def test_autocast_in_half_precision_is_refused(tmp_path):
 def test_updates_by_bad_numbers_are_refused(tmp_path, settings):
     """Either switch lets DeepSpeed add gradients that are not finite to the weights."""
     with pytest.raises(ValueError, match="to false: gradients that are not finite"):
+        load_ds_config(write(tmp_path, **settings), facts())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+        ("fp16", "fp16_master_weights_and_grads"),
+    ],
+)
+def test_masters_and_moments_stay_in_fp32(tmp_path, dtype, name):
+    settings = {dtype: {"enabled": True, name: True}, "zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match=f"sets {dtype}.{name}: updates smaller than the last bit"):
         load_ds_config(write(tmp_path, **settings), facts())
 
 

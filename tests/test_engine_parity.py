@@ -119,6 +119,7 @@ BF16_CASES = [
     *(case(kind, stage, "bf16") for kind in ("mlm", "gdes", "es") for stage in STAGES),
     *(case("gdes", stage, "bf16_offload") for stage in (2, 3)),
 ]
+FP16_CASES = [case("mlm", 1, "fp16"), case("nes", 2, "fp16"), case("gdes", 3, "fp16")]
 PACKED_CASES = [
     each | {"name": f"{each['name']}_packed"}
     for each in (case("gdes", 2, "fp32"), case("es", 1, "fp32"), case("mlm", 3, "bf16"))
@@ -131,6 +132,7 @@ CASES = [
         for stage in STAGES
     ),
     *BF16_CASES,
+    *FP16_CASES,
     *PACKED_CASES,
     case("gdes", 3, "fp32_hierarchical"),  # the last one: its groups stay
 ]
@@ -235,6 +237,14 @@ def test_bf16_trains_as_plain_fp32(trained: Path, expected: dict, name: str) -> 
     losses = torch.tensor(losses_of(trained, name))
     truth = torch.tensor(expected[name.split("_")[0]][0])
     torch.testing.assert_close(losses, truth, rtol=0, atol=0.03)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [c["name"] for c in FP16_CASES])
+def test_fp16_trains_as_plain_fp32(trained: Path, expected: dict, name: str) -> None:
+    losses = torch.tensor(losses_of(trained, name))
+    truth = torch.tensor(expected[name.split("_")[0]][0])
+    torch.testing.assert_close(losses, truth, rtol=0, atol=0.03 / 8)  # three bits more than bf16
 
 
 @pytest.mark.distributed

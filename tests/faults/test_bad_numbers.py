@@ -7,7 +7,7 @@ import pytest
 
 from tests.launch import ROOT, run_ranks
 
-WORKER = ROOT / "tests/workers/bad_numbers.py"
+WORKERS = ROOT / "tests/workers"
 FAULTS = ("nan_logits", "nan_loss", "inf_loss", "nan_gradient", "inf_gradient")
 
 pytestmark = pytest.mark.distributed
@@ -37,9 +37,18 @@ def autocast_case(kind: str, stage: int, data_dir: Path, folder: Path) -> dict[s
     return made | {"config": str(path)}
 
 
+def fp16_case(kind: str, stage: int, data_dir: Path, folder: Path) -> dict[str, str]:
+    """With a loss scale that stays, else the step after has other roundings."""
+    ds_config = json.loads((ROOT / f"ds_configs/zero{stage}_fp16.json").read_text())
+    ds_config["fp16"]["min_loss_scale"] = 2 ** ds_config["fp16"]["initial_scale_power"]
+    path = folder / f"zero{stage}_fp16.json"
+    path.write_text(json.dumps(ds_config))
+    return case(kind, stage, "fp16", data_dir) | {"config": str(path)}
+
+
 def examine(cases: list[dict[str, str]], folder: Path, world_size: int) -> None:
     out_file = folder / f"found_{world_size}.json"
-    run_ranks(WORKER, json.dumps(cases), str(out_file), world_size=world_size)
+    run_ranks(WORKERS / "bad_numbers.py", json.dumps(cases), str(out_file), world_size=world_size)
     found = json.loads(out_file.read_text())
     assert found.keys() == {case["name"] for case in cases}
     for case in cases:
@@ -82,6 +91,36 @@ def test_bad_numbers_update_nothing_in_any_stage_and_precision(data_dir, tmp_pat
         for kind in ("mlm", "gdes", "es")
         for stage in (1, 2, 3)
     ]
+    cases += [
+        fp16_case(kind, stage, data_dir, tmp_path)
+        for kind in ("mlm", "gdes")
+        for stage in (1, 2, 3)
+    ]
     cases += [case(kind, 2, "bf16_offload", data_dir) for kind in ("mlm", "gdes")]
     cases += [case("gdes", 3, "bf16_offload", data_dir)]
     examine(cases, tmp_path, world_size)
+
+
+def test_loss_scales_of_fp16_stay_bounded(tmp_path):
+    """They double to 2**24 and no further, fall to the least one and no further, and rise again.
+
+    DeepSpeed alone would double them to infinity, and end the run at the least one.
+    """
+    paths = []
+    for stage in (1, 2, 3):
+        ds_config = json.loads((ROOT / f"ds_configs/zero{stage}_fp16.json").read_text())
+        settings = {"initial_scale_power": 22, "loss_scale_window": 2, "min_loss_scale": 4}
+        ds_config["fp16"] |= settings
+        paths.append(tmp_path / f"zero{stage}.json")
+        paths[-1].write_text(json.dumps(ds_config))
+    out_file = tmp_path / "found.json"
+    run_ranks(
+        WORKERS / "loss_scales.py", json.dumps([*map(str, paths)]), str(out_file), world_size=2
+    )
+    for steps in json.loads(out_file.read_text()):
+        scales = {phase: [s for p, s, *_ in steps if p == phase] for phase, *_ in steps}
+        assert (scales["well"][0], max(scales["well"]), scales["well"][-1]) == (2**22, 2**24, 2**24)
+        assert (min(scales["overflow"]), scales["overflow"][-1]) == (4, 4)
+        assert 4 < scales["well again"][-1] <= 2**24
+        for phase, _, was_taken, has_moved in steps:
+            assert was_taken == has_moved == (phase != "overflow")

@@ -1,5 +1,6 @@
 """Checkpoints survive: killed saves, and moves over every stage and precision."""
 
+import itertools
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,10 @@ LONG_MOVES = {
             ("zero0_fp32", 10),
         )
     ],
+    "halves": [
+        *((1, "zero1_fp16", 2), (2, "zero3_bf16", 4), (2, "zero3_fp16", 6)),
+        *((1, "zero2_fp32", 8), (3, "zero2_fp16", 10)),
+    ],
     "bf16 grows": [(1, "zero2_bf16", 3), (3, "zero1_bf16", 6), (2, "zero3_bf16", 10)],
 }
 KILLS = 25
@@ -54,16 +60,43 @@ def test_twenty_steps_in_four_processes_are_twenty_in_one(
     data_dir, tiny_model_file, tmp_path, config
 ):
     """Bit for bit, with dropout on, whatever is trained; and so is what was logged."""
+    path = ROOT / f"ds_configs/{config}.json"
+    check_twenty_steps(path, KINDS, data_dir, tiny_model_file, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_loss_scales_of_fp16_go_on_where_they_were(data_dir, tiny_model_file, tmp_path, stage):
+    """And so does all else, bit for bit, with updates skipped before and after a new start."""
+    ds_config = json.loads((ROOT / f"ds_configs/zero{stage}_fp16.json").read_text())
+    ds_config["fp16"] |= {"initial_scale_power": 21, "loss_scale_window": 2}
+    path = tmp_path / "quick.json"
+    path.write_text(json.dumps(ds_config))
+    check_twenty_steps(path, ("mlm", "gdes"), data_dir, tiny_model_file, tmp_path)
+    rows = train_rows(tmp_path / "whole/mlm")
+    scales = [row["loss_scale_model"] for row in rows]
+    moves = [later / earlier for earlier, later in itertools.pairwise(scales)]
+    assert all({0.5, 2.0} <= set(part) for part in (moves[:10], moves[10:])), scales
+    assert 4 < rows[-1]["skipped_steps_model"] < 16
+
+
+def check_twenty_steps(
+    ds_config: Path, kinds: Sequence[str], data_dir: Path, model: Path, folder: Path
+) -> None:
+    """Compare 20 steps in one go to 20 in four processes."""
     for name, ends in (("whole", (20,)), ("parts", (3, 9, 14, 20))):
         for end in ends:
-            of_all = (config, end, data_dir, tiny_model_file)
             lines = [
-                [*command(kind, *of_all, tmp_path / name / kind), "--dropout", "0.1"]
-                for kind in KINDS
+                [
+                    *command(kind, "zero0_fp32", end, data_dir, model, folder / name / kind),
+                    *("--deepspeed_config", str(ds_config), "--dropout", "0.1"),
+                ]
+                for kind in kinds
             ]
             run_ranks(ROOT / "tests/workers/pretrain_runs.py", json.dumps(lines), world_size=2)
-    for kind in KINDS:
-        parts, whole = tmp_path / "parts" / kind, tmp_path / "whole" / kind
+    for kind in kinds:
+        parts, whole = folder / "parts" / kind, folder / "whole" / kind
         saved = "checkpoints/step_0000020"
         check_same_bits(parts / saved, whole / saved)
         rows = train_rows(whole)

@@ -27,7 +27,14 @@ from ds_deberta.kernels import HeadOutput
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import OptimConfig
-from tests.cases import BATCH, LR, RTD_LAMBDA, build_models, masker
+from tests.cases import (
+    BATCH,
+    LR,
+    RTD_LAMBDA,
+    allow_fp16_on_cpus,
+    build_models,
+    masker,
+)
 
 FAULTS = ("nan_logits", "nan_loss", "inf_loss", "nan_gradient", "inf_gradient")
 
@@ -176,6 +183,7 @@ def examine(case: dict[str, str]) -> dict[str, Any]:
 def main() -> None:
     cases, out_file = json.loads(sys.argv[1]), Path(sys.argv[2])
     initialize(seed=0)
+    allow_fp16_on_cpus()
     found = {case["name"]: examine(case) for case in cases}
     every: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(every, found)

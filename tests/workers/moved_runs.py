@@ -15,10 +15,12 @@ from ds_deberta.config import parse
 from ds_deberta.distributed import rank, shutdown, world_size
 from ds_deberta.leftovers import own_temporary_folder
 from run_pretrain import pretrain
+from tests.cases import allow_fp16_on_cpus
 
 SMALL = 4096  # bytes; less than any shard of a model has
 
 if __name__ == "__main__":
+    allow_fp16_on_cpus()
     full: list[int] = []
     real_write = checkpoint.write_shares
 

@@ -9,8 +9,10 @@ import sys
 from ds_deberta.config import parse
 from ds_deberta.distributed import shutdown
 from run_pretrain import pretrain
+from tests.cases import allow_fp16_on_cpus
 
 if __name__ == "__main__":
+    allow_fp16_on_cpus()
     for arguments in json.loads(sys.argv[1]):
         pretrain(parse(arguments))
     shutdown()

@@ -23,12 +23,23 @@ from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import OptimConfig
 from ds_deberta.trainer import evaluate
-from tests.cases import BATCH, CLIP, DISCRIMINATOR_LR, LR, RTD_LAMBDA, STEPS, build_models, masker
+from tests.cases import (
+    BATCH,
+    CLIP,
+    DISCRIMINATOR_LR,
+    LR,
+    RTD_LAMBDA,
+    STEPS,
+    allow_fp16_on_cpus,
+    build_models,
+    masker,
+)
 
 
 def main() -> None:
     cases, out_dir = json.loads(sys.argv[1]), Path(sys.argv[2])
     initialize(seed=0)
+    allow_fp16_on_cpus()
     optim = OptimConfig(learning_rate=LR, warmup=0, lr_schedule="constant", max_grad_norm=CLIP)
     for case in cases:
         data_dir = Path(case["data"])
