@@ -336,6 +336,13 @@ def training_flops(run: PretrainConfig, configs: Mapping[str, DebertaConfig]) ->
     )
 
 
+def describe_batch(run: PretrainConfig) -> str:
+    """How a step's rows are dealt out."""
+    rows = run.train.micro_batch(world_size())
+    micro_batches = run.train.train_batch_size // (rows * world_size())
+    return f"{world_size()} processes x {micro_batches} micro-batches x {rows} rows"
+
+
 def build_metrics(
     run: PretrainConfig, tokenizer: DebertaTokenizer, device: torch.device, state: TrainState
 ) -> MetricTracker:
@@ -346,6 +353,7 @@ def build_metrics(
         run.output_dir.mkdir(parents=True, exist_ok=True)
         (run.output_dir / "config.json").write_text(run.to_json() + "\n")
     logger.info("configuration, also in %s:\n%s", run.output_dir / "config.json", run.to_json())
+    logger.info("each step: %s", describe_batch(run))
     metrics = MetricTracker(
         run.output_dir,
         total_steps=run.train.num_training_steps,

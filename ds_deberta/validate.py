@@ -22,7 +22,7 @@ from ds_deberta import build
 from ds_deberta.checkpoint import TrainState
 from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
-from ds_deberta.distributed import Place, check_world_size, plan_world_size, world_size
+from ds_deberta.distributed import Place, check_world_size, plan_world_size
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.plan import checkpoint_bytes, shape_of
 
@@ -46,7 +46,7 @@ def validate(run: PretrainConfig, place: Place) -> Iterator[tuple[bool, str]]:
     plan_world_size(place.world_size if place.world_size > 1 else run.expect_world_size or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    yield checks.make("batch", lambda: _describe_batch(run))
+    yield checks.make("batch", lambda: build.describe_batch(run))
     yield checks.make("vocabulary", lambda: _load_vocabulary(run))
     tokenizer = checks.results["vocabulary"]
     yield checks.make("model", lambda: build.model_configs(run, tokenizer), needs="vocabulary")
@@ -108,12 +108,6 @@ class _Checks:
 
 
 _FAILED = object()
-
-
-def _describe_batch(run: PretrainConfig) -> str:
-    rows = run.train.micro_batch(world_size())
-    micro_batches = run.train.train_batch_size // (rows * world_size())
-    return f"{world_size()} processes x {micro_batches} micro-batches x {rows} rows"
 
 
 def _load_vocabulary(run: PretrainConfig) -> Any:
