@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -358,7 +359,7 @@ def initialize_engine(
                 part.sparse = True  # type: ignore[assignment]
     if offload_device(ds_config, "optimizer") == "nvme":
         ds_config = _with_own_swap_folder(ds_config)
-    with _quiet():
+    with _quiet(), _without_triton():
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -385,6 +386,19 @@ def _quiet() -> Iterator[None]:
         contextlib.redirect_stderr(sink),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _without_triton() -> Iterator[None]:
+    """Keep DeepSpeed from importing triton where its kernels can not run: 70 MiB."""
+    if torch.cuda.is_available() or "triton" in sys.modules:
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment] - "not installed", to an import
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class AdamW(torch.optim.AdamW):
         self.bias_correction = bias_correction
         self.grad_scale: Tensor | None = None  # torch's update divides gradients by it
 
+    # Without what torch wraps them in, which imports its compiler: 0.14 GiB, a second.
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__  # type: ignore[attr-defined]
+
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
         """Have the next step scale all gradients so that their norm is at most `max_norm`.
@@ -103,22 +107,29 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the parameters that have gradients."""
-        tables = {}  # whose gradients are rows
-        for param in self._with_gradients():
-            if not self.state[param]:
-                first = 0.0 if self.bias_correction else 2.0**40
-                self.state[param] = {
-                    "step": torch.tensor(first, device=param.device),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
-            if param.grad.is_sparse:
-                tables[param], param.grad = param.grad.coalesce(), None
-        result = super().step(closure)
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
         for group in self.param_groups:
+            whole = []
             for param in group["params"]:
-                if param in tables:
-                    self._update_table(param, tables[param], group)
+                if param.grad is None:
+                    continue
+                if not self.state[param]:
+                    self.state[param] = self._new_state(param)
+                if param.grad.is_sparse:
+                    self._update_table(param, group)
+                else:
+                    whole.append(param)
+            self._update(
+                group,
+                whole,
+                [param.grad for param in whole],
+                [self.state[param]["exp_avg"] for param in whole],
+                [self.state[param]["exp_avg_sq"] for param in whole],
+                [self.state[param]["step"] for param in whole],
+            )
         self.grad_scale = None
         return result
 
@@ -126,10 +137,42 @@ class AdamW(torch.optim.AdamW):
         params = [param for group in self.param_groups for param in group["params"]]
         return [param for param in params if param.grad is not None]
 
-    def _update_table(self, table: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        first = 0.0 if self.bias_correction else 2.0**40
+        return {
+            "step": torch.tensor(first, device=param.device),
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+        }
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        """Have torch update parameters, their moments and steps."""
+        adamw(
+            *(params, grads, exp_avgs, exp_avg_sqs, [], steps),
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            grad_scale=self.grad_scale,
+        )
+
+    def _update_table(self, table: Any, group: dict[str, Any]) -> None:
         """Update a table [V, E] block by block; a block's gradient is made for it alone."""
         state = self.state[table]
         height = max(1, _BLOCK_ELEMENTS // table.shape[1])
+        grad = table.grad.coalesce()
         ids, rows = grad.indices()[0], grad.values()  # in rising order
         starts = torch.arange(0, len(table) + height, height)
         cuts = torch.searchsorted(ids, starts).tolist()
@@ -142,18 +185,8 @@ class AdamW(torch.optim.AdamW):
             places = ids[here] - start
             buffer.index_copy_(0, places, rows[here])
             step = state["step"].clone()
-            adamw(
-                *([weights], [buffer[: len(weights)]], [exp_avg], [exp_avg_sq], [], [step]),
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-                grad_scale=self.grad_scale,
-            )
+            block = buffer[: len(weights)]
+            self._update(group, [weights], [block], [exp_avg], [exp_avg_sq], [step])
             buffer.index_fill_(0, places, 0.0)
         state["step"].copy_(step)
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import deepspeed
@@ -7,6 +9,7 @@ from torch import nn
 
 from ds_deberta.engine import Engine, initialize_engine
 from ds_deberta.optim import OptimConfig
+from tests.launch import ROOT, clean_environment
 
 
 def test_a_parameter_can_not_end_up_in_two_engines(monkeypatch):
@@ -29,3 +32,33 @@ def test_the_cpu_needs_no_shared_memory_op():
     if torch.cuda.is_available():
         pytest.skip("CPU only")
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+_STEP = """
+import sys
+import torch
+from pathlib import Path
+from ds_deberta.distributed import initialize, shutdown
+from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.optim import OptimConfig
+
+initialize(seed=0)
+optim = OptimConfig(learning_rate=1e-3)
+facts = dict(train_batch_size=1, micro_batch_size=1, hidden_size=8, lr=1e-3, optim=optim)
+config = load_ds_config(Path("ds_configs/zero0_fp32.json"), DeepSpeedFacts(**facts))
+engine = initialize_engine(torch.nn.Linear(8, 8), config, optim=optim, lr=1e-3, total_steps=9)
+engine.backward(engine(torch.ones(1, 8)).sum())
+engine.step()
+print(sorted({"torch._dynamo", "triton", "sympy"} & set(sys.modules)))
+shutdown()
+"""
+
+
+@pytest.mark.distributed
+def test_a_step_on_a_cpu_loads_no_compiler():
+    """torch's optimizer and DeepSpeed would: 0.2 GiB in each process, and two seconds."""
+    if torch.cuda.is_available():
+        pytest.skip("CPU only")
+    command = [sys.executable, "-c", _STEP]
+    printed = subprocess.check_output(command, cwd=ROOT, env=clean_environment(), text=True)
+    assert printed.split() == ["[]"]
