@@ -48,7 +48,8 @@ def test_a_run_is_the_same_wherever_its_optimizer_state_is(data_dir, tiny_config
         for config, step in parts:
             line = command("gdes", "unused", step, data_dir, model, tmp_path / name)
             lines.append(([*line, "--deepspeed_config", str(files[config])], [], 0))
-    run_ranks(ROOT / "tests/workers/moved_runs.py", json.dumps(lines), world_size=ranks)
+    worker = ROOT / "tests/workers/moved_runs.py"
+    run_ranks(worker, json.dumps(lines), world_size=ranks, timeout=1200)  # builds at first
 
     def losses(name: str) -> list[list[float]]:
         rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
