@@ -145,7 +145,7 @@ def footprint(shape: Shape, ds_config: Mapping[str, Any], processes: int) -> Foo
         if stage == 1:  # all of them, until they are sent
             gradients.append(with_gradients - without + gradients[0])
     scratch = _TRITON_SCRATCH if shape.device == "gpu" and shape.attention != "reference" else 0
-    activations = trace.peak["gather" if mode == "gather" else "drop"] + scratch
+    activations = trace.peak["drop" if mode == "keep" else mode] + scratch
     host = disk = 0.0
     for what, parts in (
         ("optimizer", ("fp32 masters", "moments", "gradient buffers")),
