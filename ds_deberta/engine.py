@@ -369,11 +369,9 @@ def initialize_engine(
         )
     if not zero_stage(ds_config):  # else it copies every gradient to send it to nobody
         engine.enable_backward_allreduce = world_size() > 1
-    if (
-        precision(ds_config) == torch.float16
-    ):  # at the least scale it would end the run, not --max_skipped_steps
-        optimizer: Any = engine.optimizer
-        optimizer.loss_scaler.raise_error_at_min_scale = False
+    if precision(ds_config) == torch.float16:
+        # At the least scale it would end the run, which is for --max_skipped_steps to do.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # type: ignore[union-attr]
     return Engine(engine, clip=clip)
 
 
