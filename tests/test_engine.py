@@ -56,7 +56,7 @@ shutdown()
 
 @pytest.mark.distributed
 def test_a_step_on_a_cpu_loads_no_compiler():
-    """torch's optimizer and DeepSpeed would: 0.2 GiB in each process, and two seconds."""
+    """torch's optimizer and DeepSpeed would: 0.14 GiB in each process, and a second."""
     if torch.cuda.is_available():
         pytest.skip("CPU only")
     command = [sys.executable, "-c", _STEP]
