@@ -30,6 +30,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
+from ds_deberta.builds import use_batons  # noqa: E402
 from ds_deberta.distributed import world_size  # noqa: E402
 from ds_deberta.leftovers import own_folder  # noqa: E402
 from ds_deberta.model_state import ModelState  # noqa: E402
@@ -43,6 +44,7 @@ if deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm") and not torch.cuda
     # On CPU DeepSpeed would build this op with g++ and leave 66 MiB per rank in /dev/shm after
     # every run. gloo does the same work. A private switch: deepspeed is pinned for its sake.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+use_batons()
 
 _KNOWN_KEYS = {
     "activation_checkpointing",

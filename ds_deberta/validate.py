@@ -19,6 +19,7 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from ds_deberta import build
+from ds_deberta.builds import PATIENCE
 from ds_deberta.checkpoint import TrainState
 from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
@@ -26,7 +27,6 @@ from ds_deberta.distributed import Place, check_world_size, plan_world_size
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.plan import checkpoint_bytes, shape_of
 
-_LOCK_MINUTES = 10
 _NCCL_SHM_BYTES = 2**30  # what NCCL's documentation asks of a container: --shm-size=1g
 
 
@@ -195,12 +195,12 @@ def check_leftovers(shm: Path = Path("/dev/shm")) -> None:
 
 
 def check_build_locks() -> None:
-    """Name locks that a killed build of a torch extension left: the next one waits for ever."""
+    """Name locks that other programs' builds of torch extensions left; a start sweeps ours."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    old = time.time() - 60 * _LOCK_MINUTES
-    locks = [lock for lock in root.glob("**/lock") if lock.stat().st_mtime < old]
-    if locks:
+    old = time.time() - PATIENCE
+    locks = [path for path in root.glob("**/lock") if not path.is_symlink()]
+    if dead := [str(lock) for lock in locks if lock.stat().st_mtime < old]:
         raise ValueError(
-            f"older than {_LOCK_MINUTES} minutes, so that a build waits for them for ever, unless "
-            f"another one is running: rm {' '.join(map(str, sorted(locks)))}"
+            f"older than {PATIENCE / 60:g} minutes, so that a build waits for them in vain, unless "
+            f"another one is running: rm {' '.join(sorted(dead))}"
         )

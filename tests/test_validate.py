@@ -111,6 +111,14 @@ def test_a_young_lock_is_a_build_at_work(tmp_path, monkeypatch):
     check_build_locks()
 
 
+def test_a_start_removes_our_own_locks_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "lock").symlink_to(".")
+    os.utime(tmp_path / "op" / "lock", (0, 0))
+    check_build_locks()
+
+
 def test_the_command_ends_with_the_status(command):
     done = subprocess.run(
         [sys.executable, "run_pretrain.py", *command("--validate", "--expect_world_size", "3")],

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from tests.checkpoints import check_same_bits
-from tests.launch import ROOT, run_ranks
+from tests.launch import ROOT, free_port, run_ranks
 from tests.test_moves import command
+from tests.test_stop import BIN, Run
 
 STEPS = 6
 PARTS = {
@@ -23,6 +26,51 @@ needs_libaio = pytest.mark.skipif(
     not Path("/usr/include/libaio.h").exists(),
     reason="apt-get install libaio-dev; g++ takes minutes",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where DeepSpeed builds, once for all tests here."""
+    folder = tmp_path_factory.mktemp("extensions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        patch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")  # one ninja, or it rebuilds
+        yield folder
+
+
+@pytest.mark.slow
+@needs_libaio
+@pytest.mark.distributed
+def test_a_run_starts_after_one_that_was_killed_while_it_built(
+    data_dir, tiny_config, tmp_path, built
+):
+    """DeepSpeed's async_io takes minutes to build. Two ranks, who both want it, are killed."""
+    model, swap = tmp_path / "model.json", tmp_path / "swap"
+    model.write_text(json.dumps(tiny_config.to_dict()))
+    swap.mkdir()
+    nvme = json.loads((ROOT / "ds_configs/zero3_bf16_nvme.json").read_text())
+    nvme["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(swap)
+    (tmp_path / "nvme.json").write_text(json.dumps(nvme))
+    flags = command("mlm", "unused", 2, data_dir, model, tmp_path / "unused")
+
+    def start() -> Run:
+        port = ("--master_port", str(free_port()))
+        return Run(
+            *(tmp_path / "run", "deepspeed", "--num_accelerators", "2", *port),
+            *("run_pretrain.py", *flags, "--deepspeed_config", str(tmp_path / "nvme.json")),
+        )
+
+    with start() as killed:
+        killed.wait_for(lambda: list(built.glob("async_io/*.o")), 300)
+        for process in killed.processes():
+            os.kill(process, signal.SIGKILL)
+    assert (built / "async_io/lock").exists()
+    with start() as run:
+        assert run.launcher.wait(1200) == 0, run.log.read_text()
+    assert "lock is of a killed build, and goes" in run.log.read_text()
+    assert (tmp_path / "run/export").is_dir()
+    assert not list(swap.iterdir())
+    assert not list(built.glob("*/lock"))
 
 
 @pytest.mark.slow
@@ -49,7 +97,7 @@ def test_a_run_is_the_same_wherever_its_optimizer_state_is(data_dir, tiny_config
             line = command("gdes", "unused", step, data_dir, model, tmp_path / name)
             lines.append(([*line, "--deepspeed_config", str(files[config])], [], 0))
     worker = ROOT / "tests/workers/moved_runs.py"
-    run_ranks(worker, json.dumps(lines), world_size=ranks, timeout=1200)  # builds at first
+    run_ranks(worker, json.dumps(lines), world_size=ranks, timeout=1200)
 
     def losses(name: str) -> list[list[float]]:
         rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
