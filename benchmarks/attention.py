@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_deberta.distributed import initialize
+from ds_deberta.distributed import computes_in_bf16, initialize
 from ds_deberta.kernels import disentangled_attention as reference
 from ds_deberta.metrics import measure_peak_flops, processor
 from ds_deberta.model.presets import MODELS
@@ -332,8 +332,8 @@ def main() -> None:
     shapes = SHAPES if device == "cuda" else CPU_SHAPES
     parser.add_argument("--shapes", default=",".join(shapes), help="batch x heads x length, ...")
     parser.add_argument("--only", default=None, help="contenders, separated by commas")
-    second = "float16" if device == "cuda" else "float32"
-    parser.add_argument("--dtypes", default=f"bfloat16,{second}")
+    on_cpu = "bfloat16,float32" if computes_in_bf16() else "float32"
+    parser.add_argument("--dtypes", default="bfloat16,float16" if device == "cuda" else on_cpu)
     options = parser.parse_args()
     names = [name for name in CONTENDERS if name != "cpu"] if device == "cuda" else list(ON_CPU)
     if options.only:

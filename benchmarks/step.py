@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_deberta.data.loader import IGNORE_INDEX, Batch
-from ds_deberta.distributed import initialize
+from ds_deberta.distributed import computes_in_bf16, initialize
 from ds_deberta.kernels import select_attention
 from ds_deberta.metrics import measure_peak_flops, processor
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD, generator_config
@@ -239,19 +239,26 @@ class Contender:
 def compare(shape: str, rounds: int, *, compiled: bool) -> None:
     """Print one table row per contender."""
     config, rows, length = SHAPES[shape]
-    peak = {
-        kind: measure_peak_flops(torch.device("cpu"), dtype)
-        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
+    kinds = {"fp32": torch.float32}
+    if computes_in_bf16():
+        kinds["bf16"] = torch.bfloat16
+    peak = {kind: measure_peak_flops(torch.device("cpu"), dtype) for kind, dtype in kinds.items()}
     flops = 3 * rows * rtd_forward_flops(config, length)
-    names = [name for name in CONTENDERS if compiled or "compiled" not in name]
+    names = [
+        name
+        for name in CONTENDERS
+        if any(kind in name for kind in kinds) and (compiled or "compiled" not in name)
+    ]
     contenders = {name: Contender(shape, name) for name in names}
     for _ in range(rounds):
         for contender in contenders.values():
             contender.run(2)
-    print(f"\n{shape}: {peak['fp32'] / 1e9:.0f} GFLOP/s fp32, {peak['bf16'] / 1e9:.0f} bf16\n")
-    print(f"| | tokens/s | ratio to {' | to '.join(THEIRS)} | share of the GEMM rate | memory |")
-    print("|-|-|-|-|-|-|")
+    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {kind}" for kind, rate in peak.items())
+    only_imitated = "" if "bf16" in kinds else "; this CPU only imitates bf16, which is left out"
+    print(f"\n{shape}: {rates}{only_imitated}\n")
+    theirs = [name for name in THEIRS if name in names]
+    print(f"| | tokens/s | ratio to {' | to '.join(theirs)} | share of the GEMM rate | memory |")
+    print(f"|-|-|{'-|' * len(theirs)}-|-|")
     base = contenders["transformers fp32"]
     for name, contender in contenders.items():
         contender.close()
@@ -260,12 +267,13 @@ def compare(shape: str, rounds: int, *, compiled: bool) -> None:
             statistics.median(
                 b / s for b, s in zip(contenders[other].seconds, contender.seconds, strict=True)
             )
-            for other in THEIRS
+            for other in theirs
         ]
         kind = "bf16" if "bf16" in name else "fp32"
         memory = contender.peak_bytes / base.peak_bytes
         print(
-            f"| {name} | {rows * length / median:,.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} | "
+            f"| {name} | {rows * length / median:,.0f} | "
+            f"{' | '.join(f'{ratio:.2f}' for ratio in ratios)} | "
             f"{flops / median / peak[kind]:.0%} | {contender.peak_bytes / 2**30:.2f} GiB "
             f"({memory:.0%}) |"
         )
@@ -409,8 +417,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=5, help="steps to take the best of")
     on_cuda = torch.cuda.is_available()
+    default = f"zero{int(on_cuda)}_{'bf16' if computes_in_bf16() else 'fp32'}"
     parser.add_argument("--attention", default="triton,reference" if on_cuda else "cpu,reference")
-    parser.add_argument("--deepspeed_config", default="zero1_bf16" if on_cuda else "zero0_bf16")
+    parser.add_argument("--deepspeed_config", default=default)
     parser.add_argument(
         "--compile", action="store_true", help="ours compiled: also, of a preset only"
     )

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ds_deberta.agreement import data_fingerprint, on_all_ranks
+from ds_deberta.agreement import check_same, data_fingerprint, on_all_ranks
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.compatibility import fit_configs
 from ds_deberta.config import ModelConfig, PretrainConfig
 from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, loader
 from ds_deberta.data.loader import Batch
 from ds_deberta.data.sampler import SkippedSamples
-from ds_deberta.distributed import is_main, logger, rank, world_size
+from ds_deberta.distributed import computes_in_bf16, is_main, logger, rank, world_size
 from ds_deberta.engine import (
     DeepSpeedFacts,
     describe,
@@ -56,6 +56,7 @@ def build_objective(
     """
     configs = model_configs(run, tokenizer)
     ds_configs, attend, reason = on_all_ranks(lambda: settle(run, configs, device))
+    _tell_precision(run, precision(next(iter(ds_configs.values()))))
     logger.info(reason)
     engines = {
         name: initialize_engine(
@@ -77,6 +78,18 @@ def build_objective(
         rtd_lambda=run.rtd.rtd_lambda,
         temperature=run.rtd.temperature,
     )
+
+
+def _tell_precision(run: PretrainConfig, dtype: torch.dtype) -> None:
+    """Log what is computed in; refuse ranks whose devices make another thing of "auto"."""
+    name = str(dtype).removeprefix("torch.")
+    check_same("machines", {f"what they compute in by {run.deepspeed_config}": name})
+    logger.info("precision: %s, by %s", name, run.deepspeed_config)
+    if dtype == torch.bfloat16 and not computes_in_bf16():
+        logger.warning(
+            "this device only imitates bf16, which takes many times as long as fp32: "
+            "ds_configs/zero1_auto.json and ds_configs/*_fp32.json do without it here"
+        )
 
 
 def settle(

@@ -95,7 +95,7 @@ class PretrainConfig:
     """rtd: replaced token detection; mlm: masked language modeling."""
     output_dir: Path
     """Folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, export/."""
-    deepspeed_config: Path = Path("ds_configs/zero1_bf16.json")
+    deepspeed_config: Path = Path("ds_configs/zero1_auto.json")
     """DeepSpeed JSON: ZeRO stage, precision, clipping, communication, offload."""
     seed: int = 1234
     """Of weights, order, masks, samples and dropout."""

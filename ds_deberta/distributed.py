@@ -246,6 +246,14 @@ def seed_step(seed: int, step: int) -> None:
         torch.cuda.manual_seed(value)  # of the current device; it waits for nothing
 
 
+def computes_in_bf16() -> bool:
+    """Whether this machine's device multiplies in bf16; a CPU without AVX-512 only imitates it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # What torch itself asks before it hands a product in bf16 to oneDNN.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def plan_world_size(size: int) -> None:
     """Let `world_size` speak of processes that are only planned, in one that starts no group."""
     global _planned_world_size

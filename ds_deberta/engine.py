@@ -31,7 +31,7 @@ from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ds_deberta.builds import use_batons  # noqa: E402
-from ds_deberta.distributed import world_size  # noqa: E402
+from ds_deberta.distributed import computes_in_bf16, world_size  # noqa: E402
 from ds_deberta.leftovers import own_folder  # noqa: E402
 from ds_deberta.model_state import ModelState  # noqa: E402
 from ds_deberta.optim import AdamW, OptimConfig, build_optimizer, lr_factor, param_groups  # noqa: E402
@@ -138,7 +138,6 @@ class DeepSpeedFacts:
         bucket = max(self.hidden_size**2, _SMALLEST_BUCKET)
         return {
             "gradient_clipping": 1.0,
-            "bf16.enabled": not torch.cuda.is_available() or torch.cuda.is_bf16_supported(),
             "zero_optimization.reduce_bucket_size": bucket,
             "zero_optimization.stage3_prefetch_bucket_size": bucket * 9 // 10,
             "zero_optimization.stage3_param_persistence_threshold": 10 * self.hidden_size,
@@ -170,7 +169,8 @@ def load_ds_config(path: Path, facts: DeepSpeedFacts, *, runs_here: bool = True)
                 f"{path} says {place} = {stated!r}, but {source} says {value!r}. "
                 f'Make them equal, or write "auto" in the JSON.'
             )
-    for place, value in facts.defaults().items():
+    defaults = facts.defaults() | {"bf16.enabled": computes_in_bf16() or not runs_here}
+    for place, value in defaults.items():
         if _get(config, place) == "auto":
             _set(config, place, value)
     if left := list(_autos(config)):

@@ -345,18 +345,26 @@ def _drop_entries_after(path: Path, step: int) -> None:
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Matrix-product rate of this device, FLOP/s: the best of some large square products."""
-    size = 8192 if device.type == "cuda" else 1024
+    """Matrix-product rate of this device, FLOP/s: the best of square products.
+
+    They grow to what keeps the device busy, or to where one takes a tenth of a second, as a CPU
+    does that only imitates the dtype.
+    """
     own = torch.Generator(device).manual_seed(0)  # the model's random stream stays untouched
-    a = torch.randn(size, size, device=device, generator=own).to(dtype)
-    best = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    best, seconds = 0.0, 0.0
+    for size in (1024, 2048, 4096, 8192) if device.type == "cuda" else (128, 256, 512, 1024):
+        a = torch.randn(size, size, device=device, generator=own).to(dtype)
+        torch.mm(a, a)  # loads what this size needs
+        for _ in range(8):
+            if seconds > 0.1:
+                return best
+            start = time.perf_counter()
+            torch.mm(a, a)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * size**3 / seconds)
+    return best
 
 
 def processor() -> str:

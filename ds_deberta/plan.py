@@ -46,7 +46,7 @@ from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, load_tokenizer
 from ds_deberta.data.loader import Batch
 from ds_deberta.distributed import plan_world_size, world_size
-from ds_deberta.engine import keeps_rows, offload_device, precision, zero_stage
+from ds_deberta.engine import describe, keeps_rows, offload_device, precision, zero_stage
 from ds_deberta.kernels import AttentionFn, disentangled_attention, plan_attention
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
 from ds_deberta.objectives import Objective
@@ -499,7 +499,8 @@ def _lines_of_memory(
     stage = zero_stage(ds_config)
     yield (
         f"\nMemory of each of {processes} processes on a {shape.device.upper()}, "
-        f"{run.deepspeed_config}, micro-batches of {shape.rows} x {shape.length}:\n"
+        f"{run.deepspeed_config} ({describe(ds_config)['precision']}), micro-batches of "
+        f"{shape.rows} x {shape.length}:\n"
     )
     chosen = footprint(shape, ds_config, processes)
     counts = count_parameters(shape).values()

@@ -16,12 +16,10 @@ from ds_deberta.model import DebertaConfig, DebertaModel, load_model_config
 _DISCRIMINATOR_SHARE = 0.3
 
 _MLM = {
-    "deepspeed_config": "ds_configs/zero1_bf16.json",
     "learning_rate": 1e-4,
     "num_training_steps": 1_000_000,
 }
 _RTD = {
-    "deepspeed_config": "ds_configs/zero1_bf16.json",
     "learning_rate": 1e-4,
     "discriminator_learning_rate": 1e-4,
     "train_batch_size": 256,

@@ -1,12 +1,14 @@
+import platform
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from ds_deberta import distributed
-from ds_deberta.distributed import Place, find_place, initialize
+from ds_deberta.distributed import Place, computes_in_bf16, find_place, initialize
 from ds_deberta.kernels.dropout import dropout
 
 MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "123"}
@@ -15,6 +17,13 @@ SLURM = {
     **{"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "gpu[07-08],x1"},
     "SLURM_JOB_ID": "40012",
 }
+
+
+def test_a_cpu_with_avx512_multiplies_in_bf16():
+    flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+    if not flags or torch.cuda.is_available():
+        pytest.skip("says nothing of an x86 CPU on Linux")
+    assert computes_in_bf16() == ("avx512bw" in flags)
 
 
 def summary(**variables: str) -> tuple:

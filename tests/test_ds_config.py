@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from ds_deberta import engine
 from ds_deberta.distributed import plan_world_size
 from ds_deberta.engine import (
     DeepSpeedFacts,
@@ -48,7 +49,7 @@ NEEDS = {
     "zeropp": "which needs a GPU",
     "nvme": "NVMe disk",
 }
-NEEDS |= {"offload": None, "bf16": None, "fp32": None}
+NEEDS |= {"offload": None, "bf16": None, "fp32": None, "auto": None}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -60,10 +61,8 @@ def test_every_shipped_config_is_what_its_name_says(path, sixteen_processes):
     assert config["gradient_clipping"] == 1.0
     stage, kind, *options = path.stem.split("_")
     assert stage == f"zero{zero_stage(config)}"
-    assert (
-        kind
-        == {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[precision(config)]
-    )
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    assert kind in ("auto", names[precision(config)])
     zero = config["zero_optimization"]
     offload = {name: offload_device(config, name) for name in ("optimizer", "param")}
     inner = "cpu" if stage == "zero3" else "none"
@@ -92,6 +91,14 @@ def test_what_this_machine_lacks_is_named(path, sixteen_processes, monkeypatch):
     else:
         with pytest.raises(ValueError, match=needed):
             load_ds_config(path, wide)
+
+
+@pytest.mark.parametrize(("has_it", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bf16_where_this_machine_multiplies_in_it(monkeypatch, has_it, expected):
+    monkeypatch.setattr(engine, "computes_in_bf16", lambda: has_it)
+    path = ROOT / "ds_configs/zero1_auto.json"
+    assert precision(load_ds_config(path, facts())) == expected
+    assert precision(load_ds_config(path, facts(), runs_here=False)) == torch.bfloat16
 
 
 def test_values_that_deepspeed_refuses_are_named(tmp_path):
