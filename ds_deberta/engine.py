@@ -33,6 +33,7 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from ds_deberta.builds import use_batons  # noqa: E402
 from ds_deberta.distributed import computes_in_bf16, world_size  # noqa: E402
 from ds_deberta.leftovers import own_folder  # noqa: E402
+from ds_deberta.model import DebertaForMaskedLM  # noqa: E402
 from ds_deberta.model_state import ModelState  # noqa: E402
 from ds_deberta.optim import AdamW, OptimConfig, build_optimizer, lr_factor, param_groups  # noqa: E402
 from ds_deberta.zero_state import read_state, write_state  # noqa: E402
@@ -205,6 +206,12 @@ def keeps_rows(config: Mapping[str, Any]) -> bool:
     return zero_stage(config) == 0 and "optimizer" not in config
 
 
+def defers_table_gradient(config: Mapping[str, Any]) -> bool:
+    """Whether a head's table may get its gradient in parts: where nothing but AdamW reads it."""
+    is_alone = world_size() == 1 and config.get("gradient_accumulation_steps", 1) == 1
+    return keeps_rows(config) and is_alone and precision(config) != torch.float16
+
+
 def offload_device(config: Mapping[str, Any], what: str) -> str:
     """Where a DeepSpeed configuration keeps `optimizer` or `param`: none, cpu or nvme."""
     return _get(config, f"zero_optimization.offload_{what}.device") or "none"
@@ -283,7 +290,7 @@ class Engine:
             # As ZeRO's optimizers do it: DeepSpeed then counts, and leaves the schedule alone.
             self._engine.optimizer.overflow = not math.isfinite(self._grad_norm)
             if self._engine.optimizer.overflow:
-                self.module.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
         self._engine.step()
         if self._engine.fp16_enabled():
             scaler = self._engine.optimizer.loss_scaler
@@ -359,6 +366,8 @@ def initialize_engine(
         for part in module.modules():
             if hasattr(part, "sparse"):
                 part.sparse = True  # type: ignore[assignment]
+        if defers_table_gradient(ds_config) and isinstance(module, DebertaForMaskedLM):
+            module.defer_table_gradient()
     if offload_device(ds_config, "optimizer") == "nvme":
         ds_config = _with_own_swap_folder(ds_config)
     with _quiet(), _without_triton():

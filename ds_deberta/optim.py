@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ds_deberta.kernels import TableGradient
+
 LrSchedule = Literal["linear", "cosine", "wsd", "constant"]
 
 # As the original: biases and LayerNorm weights are not decayed.
@@ -87,7 +89,13 @@ class AdamW(torch.optim.AdamW):
 
     # Without what torch wraps them in, which imports its compiler: 0.14 GiB, a second.
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those of tables in parts, too."""
+        torch.optim.Optimizer.zero_grad.__wrapped__(self, set_to_none)  # type: ignore[attr-defined]
+        for param in self._parameters():
+            if held := _held(param):
+                held.clear()
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
@@ -95,12 +103,14 @@ class AdamW(torch.optim.AdamW):
 
         In that step's own pass over them. Returns the norm as it is, 0-d.
         """
-        grads = []
-        for param in self._with_gradients():
-            if param.grad.is_sparse:
-                param.grad = param.grad.coalesce()
-            grads.append(param.grad.values() if param.grad.is_sparse else param.grad)
-        norm = nn.utils.get_total_norm(grads)
+        whole, norms = [], []
+        for param in self._parameters():
+            if table := self._table_gradient(param):
+                norms.append(table.norm())
+            elif param.grad is not None:
+                whole.append(param.grad)
+        norms.append(nn.utils.get_total_norm(whole))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         self.grad_scale = (norm / max_norm).clamp(min=1.0)
         return norm
 
@@ -114,12 +124,13 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             whole = []
             for param in group["params"]:
-                if param.grad is None:
+                table = self._table_gradient(param)
+                if table is None and param.grad is None:
                     continue
                 if not self.state[param]:
                     self.state[param] = self._new_state(param)
-                if param.grad.is_sparse:
-                    self._update_table(param, group)
+                if table is not None:
+                    self._update_table(param, table, group)
                 else:
                     whole.append(param)
             self._update(
@@ -133,9 +144,25 @@ class AdamW(torch.optim.AdamW):
         self.grad_scale = None
         return result
 
-    def _with_gradients(self) -> list[Any]:
-        params = [param for group in self.param_groups for param in group["params"]]
-        return [param for param in params if param.grad is not None]
+    def _parameters(self) -> list[Any]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _table_gradient(self, param: Any) -> TableGradient | None:
+        """The gradient of a table that is in parts; None for one that is whole, or not there."""
+        held, grad = _held(param), param.grad
+        if grad is None:
+            return held
+        if grad.is_sparse:
+            held = TableGradient(param) if held is None else held
+            grad = grad.coalesce()
+            held.add_rows(grad.indices()[0], grad.values())
+            param.table_gradient, param.grad = held, None
+            return held
+        if held is not None:  # a head had more rows than it takes
+            for start, block in held.blocks(_block_height(param)):
+                grad[start : start + len(block)] += block
+            held.clear()
+        return None
 
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
         first = 0.0 if self.bias_correction else 2.0**40
@@ -168,27 +195,27 @@ class AdamW(torch.optim.AdamW):
             grad_scale=self.grad_scale,
         )
 
-    def _update_table(self, table: Any, group: dict[str, Any]) -> None:
+    def _update_table(self, table: Any, gradient: TableGradient, group: dict[str, Any]) -> None:
         """Update a table [V, E] block by block; a block's gradient is made for it alone."""
         state = self.state[table]
-        height = max(1, _BLOCK_ELEMENTS // table.shape[1])
-        grad = table.grad.coalesce()
-        ids, rows = grad.indices()[0], grad.values()  # in rising order
-        starts = torch.arange(0, len(table) + height, height)
-        cuts = torch.searchsorted(ids, starts).tolist()
-        buffer = torch.zeros_like(table[:height])
         step = state["step"]
-        tensors = (table, state["exp_avg"], state["exp_avg_sq"])
-        for number, start in enumerate(range(0, len(table), height)):
-            weights, exp_avg, exp_avg_sq = (t[start : start + height] for t in tensors)
-            here = slice(cuts[number], cuts[number + 1])
-            places = ids[here] - start
-            buffer.index_copy_(0, places, rows[here])
+        for start, block in gradient.blocks(_block_height(table)):
+            here = slice(start, start + len(block))
+            exp_avg, exp_avg_sq = state["exp_avg"][here], state["exp_avg_sq"][here]
             step = state["step"].clone()
-            block = buffer[: len(weights)]
-            self._update(group, [weights], [block], [exp_avg], [exp_avg_sq], [step])
-            buffer.index_fill_(0, places, 0.0)
+            self._update(group, [table[here]], [block], [exp_avg], [exp_avg_sq], [step])
         state["step"].copy_(step)
+        gradient.clear()
+
+
+def _held(param: Any) -> TableGradient | None:
+    """What a table's uses have said of its gradient; None if they have said nothing."""
+    held: TableGradient | None = getattr(param, "table_gradient", None)
+    return None if held is None or held.is_empty else held
+
+
+def _block_height(table: Tensor) -> int:
+    return max(1, _BLOCK_ELEMENTS // table.shape[1])
 
 
 def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

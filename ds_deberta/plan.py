@@ -46,7 +46,14 @@ from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, load_tokenizer
 from ds_deberta.data.loader import Batch
 from ds_deberta.distributed import plan_world_size, world_size
-from ds_deberta.engine import describe, keeps_rows, offload_device, precision, zero_stage
+from ds_deberta.engine import (
+    defers_table_gradient,
+    describe,
+    keeps_rows,
+    offload_device,
+    precision,
+    zero_stage,
+)
 from ds_deberta.kernels import AttentionFn, disentangled_attention, plan_attention
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
 from ds_deberta.objectives import Objective
@@ -84,6 +91,8 @@ class Shape:
     device: Device
     rows_of_tables: bool = False
     """Gradients of tables are kept as rows, where `initialize_engine` has it so."""
+    defers_table_gradient: bool = False
+    """That of a head's table comes in parts, where `initialize_engine` has it so."""
 
     @property
     def weight_bytes(self) -> int:
@@ -358,12 +367,15 @@ class _PlannedEngine:
         self._ledger.add(self._dropped, "drop", "gather")
         for parameter in self.module.parameters():
             parameter.grad = None
+        if isinstance(self.module, DebertaForMaskedLM) and self.module.table_gradient:
+            self.module.table_gradient.clear()
 
     def _drop(self, parameter: Tensor) -> None:
+        if parameter.grad is None:  # it comes in parts
+            return
         self._ledger.add(-parameter.nbytes, "gather")
         self._released += parameter.nbytes
         if self._steps == 0:  # later micro-batches add to it in place
-            assert parameter.grad is not None
             self._ledger.add(-parameter.grad.nbytes, "drop", "gather")
             self._dropped += parameter.grad.nbytes
 
@@ -381,6 +393,8 @@ def _build_models(
                 models[name] = DebertaForMaskedLM(config, attend)
     for model in models.values():
         model.deberta.encoder.checkpoint_activations = shape.checkpoints_activations
+        if shape.defers_table_gradient and isinstance(model, DebertaForMaskedLM):
+            model.defer_table_gradient()
     return models
 
 
@@ -449,6 +463,7 @@ def shape_of(
         autocast=ds_config.get("torch_autocast", {}).get("enabled", False),
         device=device,
         rows_of_tables=device == "cpu" and keeps_rows(ds_config),
+        defers_table_gradient=device == "cpu" and defers_table_gradient(ds_config),
     )
 
 

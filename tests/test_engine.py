@@ -34,6 +34,56 @@ def test_the_cpu_needs_no_shared_memory_op():
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
 
 
+_IN_PARTS = """
+import copy
+import torch
+from pathlib import Path
+from ds_deberta.distributed import initialize, shutdown
+from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.model import DebertaConfig, DebertaForMaskedLM
+from ds_deberta.optim import OptimConfig, build_optimizer
+
+initialize(seed=0)
+optim = OptimConfig(learning_rate=1e-3, warmup=0, lr_schedule="constant")
+facts = dict(train_batch_size=2, micro_batch_size=2, hidden_size=16, lr=1e-3, optim=optim)
+config = load_ds_config(Path("ds_configs/zero0_fp32.json"), DeepSpeedFacts(**facts))
+sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+truth = DebertaForMaskedLM(DebertaConfig(**sizes)).eval()
+engine = initialize_engine(copy.deepcopy(truth), config, optim=optim, lr=1e-3, total_steps=9)
+engine.module.eval()
+plain = build_optimizer(truth, optim, 1e-3)
+held = engine.module.table_gradient
+for step in range(5):
+    ids = torch.randint(5, 40, (2, 6))
+    batch = (ids, ids > 0, torch.tensor([[1, 4], [2, 3]]), ids[:, [1, 4]])
+    engine.backward(engine(*batch).loss * (torch.nan if step == 2 else 1.0))
+    assert not held.is_empty
+    engine.step()
+    truth(*batch).loss.backward()
+    assert held.is_empty
+    assert engine.applied == (step != 2)
+    if step != 2:
+        norm = torch.nn.utils.clip_grad_norm_(truth.parameters(), 1.0)
+        torch.testing.assert_close(engine.stats()["grad_norm"], norm.item(), rtol=1e-5, atol=0)
+        plain.step()
+    plain.zero_grad()
+ours = dict(engine.module.named_parameters())
+torch.testing.assert_close(ours, dict(truth.named_parameters()))
+print("equal")
+shutdown()
+"""
+
+
+@pytest.mark.distributed
+def test_a_table_s_gradient_in_parts_trains_as_a_whole_one():
+    """On one CPU; a bad step in the middle leaves nothing of itself behind."""
+    if torch.cuda.is_available():
+        pytest.skip("CPU only")
+    command = [sys.executable, "-c", _IN_PARTS]
+    printed = subprocess.check_output(command, cwd=ROOT, env=clean_environment(), text=True)
+    assert printed.split() == ["equal"]
+
+
 _STEP = """
 import sys
 import torch

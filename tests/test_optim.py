@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ds_deberta import optim
+from ds_deberta.model import DebertaConfig, DebertaForMaskedLM
 from ds_deberta.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 
 
@@ -92,6 +93,43 @@ def test_rows_of_a_gradient_update_the_whole_table(monkeypatch, bias_correction)
     rows, whole = (optimizer.state_dict() for optimizer in optimizers)
     torch.testing.assert_close(rows, whole)
     torch.testing.assert_close(*(dict(module.named_parameters()) for module in modules))
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["one user", "shared"])
+@pytest.mark.parametrize("rows", [[2], [2, 1]], ids=["in parts", "a second one as a whole"])
+def test_a_gradient_in_parts_updates_the_whole_table(monkeypatch, rows, is_shared):
+    """Clipped; where the table is shared, a lookup gives more rows, as `es` does."""
+    monkeypatch.setattr(optim, "_BLOCK_ELEMENTS", 7 * 16)
+    torch.manual_seed(0)
+    config = DebertaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    models = [DebertaForMaskedLM(config).eval()]
+    models.append(copy.deepcopy(models[0]))
+    models[1].defer_table_gradient()
+    table = models[1].deberta.embeddings.word_embeddings
+    table.sparse = True
+    optimizers = [build_optimizer(model, OptimConfig(), lr=0.01) for model in models]
+    for _ in range(3):
+        batches = [torch.randint(0, 40, (count, 6)) for count in rows]
+        norms = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for ids in batches:
+                positions = torch.tensor([[1, 4]]).expand(len(ids), 2)
+                loss = model(ids, ids > 0, positions, ids.gather(1, positions)).loss
+                if is_shared:
+                    loss += model.deberta.embeddings.word_embeddings(ids).square().sum()
+                loss.backward()
+            if model is models[1]:
+                assert not table.weight.table_gradient.is_empty
+                assert (table.weight.grad is None) == (len(rows) == 1 and not is_shared)
+            norms.append(optimizer.clip(0.5))
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(*norms)
+        assert table.weight.table_gradient.is_empty
+    torch.testing.assert_close(*(optimizer.state_dict()["state"] for optimizer in optimizers))
+    torch.testing.assert_close(*(dict(model.named_parameters()) for model in models))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from ds_deberta.config import parse
 from ds_deberta.distributed import plan_world_size
 from ds_deberta.model import MODELS, generator_config
-from ds_deberta.plan import Shape, count_parameters, footprint, plan
+from ds_deberta.plan import Shape, count_parameters, footprint, plan, trace_step
 from tests.launch import ROOT, run_ranks
 
 CONFIGS = ["zero0_fp32", "zero1_bf16", "zero3_bf16"]
@@ -119,3 +119,20 @@ def test_a_large_run_is_planned_without_gpu_and_data(tmp_path):
     assert "Time: 0.1 days, 1.3 hours, at 1,000 tokens/s" in text  # 2,300 x 64 x 32 tokens
     faster = "\n".join(plan(run, "gpu", 1e6))
     assert "at 1,000,000 tokens/s (--tokens_per_second)" in faster
+
+
+def test_a_table_s_gradient_in_parts_is_planned_as_its_parts():
+    """When the generator updates, its logits' gradients and the rows that were read are left."""
+    held = {
+        defers: trace_step(
+            shape(
+                device="cpu",
+                dtype=torch.float32,
+                rows_of_tables=True,
+                defers_table_gradient=defers,
+            )
+        ).at_update["generator"][0]
+        for defers in (False, True)
+    }
+    table, logits, rows = 128100 * 768, 4 * 19 * 128100, 4 * 128 * 768
+    assert held[False] - held[True] == pytest.approx(4 * (table - logits - rows), rel=0.01)

@@ -8,12 +8,14 @@ from ds_deberta.kernels.cpu_attention import cpu_attention
 from ds_deberta.kernels.dropout import Dropout, dropout
 from ds_deberta.kernels.linear_cross_entropy import HeadOutput, linear_cross_entropy
 from ds_deberta.kernels.reference import AttentionFn, disentangled_attention
+from ds_deberta.kernels.table_gradient import TableGradient
 from ds_deberta.kernels.tied_lookup import tied_lookup
 
 __all__ = [
     "AttentionFn",
     "Dropout",
     "HeadOutput",
+    "TableGradient",
     "disentangled_attention",
     "dropout",
     "linear_cross_entropy",

@@ -4,7 +4,8 @@ The product with the vocabulary is made chunk by chunk. What stays of a chunk is
 logit, the label's logit, and the sum of exponentials of every block of 64 ids. These sums give
 the loss, and the block that a sample falls into; the logits of that block alone are then made
 again to find the sample in it. The backward pass makes each chunk's logits again, unless all of
-them are so few that they were kept.
+them are so few that they were kept. Their gradients can take the kept ones' place, and stay, for
+the table's gradient to be made of them later.
 
 Products are in the dtype of the states or in autocast's, softmax and sums in fp32.
 
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ds_deberta.kernels.table_gradient import TableGradient
 
 BLOCK = 64
 """Ids that share one sum. More need less memory for the sums, but a longer second look."""
@@ -47,6 +50,7 @@ def linear_cross_entropy(
     *,
     num_tokens: int | None = None,
     temperature: float = 1.0,
+    table_gradient: TableGradient | None = None,
 ) -> HeadOutput:
     """Compare the logits `states @ weight.T + bias` with labels, and draw from their softmax.
 
@@ -61,14 +65,19 @@ def linear_cross_entropy(
         uniforms: In [0, 1), fp64; None: draw nothing.
         num_tokens: Only ids below it are drawn, though all have their part in the loss; None: all.
         temperature: Divides the logits of the samples.
+        table_gradient: Gets what the gradient of `weight` is made of, in the place of `weight`, if
+            it takes it. Only one backward pass is possible then.
     """
     device = states.device.type
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_autocast else states.dtype
     num_tokens = len(weight) if num_tokens is None else num_tokens
     has_backward = torch.is_grad_enabled()
+    if table_gradient is not None and not (has_backward and table_gradient.takes(len(states))):
+        table_gradient = None
     outputs = _LinearCrossEntropy.apply(
-        states, weight, bias, labels, uniforms, num_tokens, temperature, dtype, has_backward
+        *(states, weight, bias, labels, uniforms, num_tokens, temperature, dtype),
+        *(has_backward, table_gradient),
     )
     return HeadOutput(*outputs)
 
@@ -86,9 +95,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         temperature: float,
         dtype: torch.dtype,
         has_backward: bool,
+        table_gradient: TableGradient | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         kept = None
-        if has_backward and len(states) * len(weight) * dtype.itemsize <= KEPT_BYTES:
+        are_few = len(states) * len(weight) * dtype.itemsize <= KEPT_BYTES
+        if has_backward and (are_few or table_gradient is not None):
             kept = states.new_empty(len(states) * len(weight), dtype=dtype)
         head = _ChunkedHead(states, weight, bias, num_tokens, dtype, kept)
         best = states.new_full((len(states),), -torch.inf, dtype=head.sum_dtype)  # [N]
@@ -121,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             masses = sample_sums[:, : live.shape[1]] * live.exp()
             samples = _draw(head, masses, uniforms, num_tokens, temperature)
         ctx.save_for_backward(states, weight, bias, labels, log_sums, kept)
-        ctx.num_tokens, ctx.dtype = num_tokens, dtype
+        ctx.num_tokens, ctx.dtype, ctx.table_gradient = num_tokens, dtype, table_gradient
         ctx.mark_non_differentiable(predictions, *([] if samples is None else [samples]))
         return loss, predictions, samples
 
@@ -131,7 +142,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         states, weight, bias, labels, log_sums, kept = ctx.saved_tensors
         head = _ChunkedHead(states, weight, bias, ctx.num_tokens, ctx.dtype, kept)
         grad_states = torch.zeros_like(states, dtype=head.sum_dtype)
-        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        grad_weight = torch.empty_like(weight) if ctx.table_gradient is None else None
+        grad_bias = torch.empty_like(bias)
+        pieces = []
         scale = torch.where(labels >= 0, grad_loss, 0.0)[:, None]  # [N, 1]
         for chunk in head.chunks:
             logits = head.logits(chunk) if kept is None else head.part_of(kept, chunk)
@@ -140,13 +153,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, index, torch.where(is_here[:, None], -scale, 0.0))
             ids = slice(chunk.start, chunk.stop)
             grad_bias[ids] = grad.sum(0)
-            grad = grad.to(ctx.dtype)
-            if weight.dtype == ctx.dtype:
-                torch.mm(grad.T, head.states, out=grad_weight[ids])
+            if grad_weight is None:
+                grad = logits.copy_(grad)
+                pieces.append(grad)
             else:
-                grad_weight[ids] = grad.T @ head.states
+                grad = grad.to(ctx.dtype)
+                if weight.dtype == ctx.dtype:
+                    torch.mm(grad.T, head.states, out=grad_weight[ids])
+                else:
+                    grad_weight[ids] = grad.T @ head.states
             grad_states += grad @ head.weight_of(chunk)
-        return grad_states.to(states.dtype), grad_weight, grad_bias, *[None] * 6
+        if ctx.table_gradient is not None:
+            ctx.table_gradient.add_product(pieces, head.states)
+        return grad_states.to(states.dtype), grad_weight, grad_bias, *[None] * 7
 
 
 class _Chunk(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ds_deberta.kernels import (
     AttentionFn,
     HeadOutput,
+    TableGradient,
     disentangled_attention,
     linear_cross_entropy,
     tied_lookup,
@@ -38,6 +39,15 @@ class DebertaForMaskedLM(nn.Module):
         self.deberta = DebertaModel(config, attend, has_position_table=True)
         self.lm_predictions = nn.ModuleDict({"lm_head": LMHead(config)})
         initialize(self.lm_predictions, config)
+        self.table_gradient: TableGradient | None = None
+
+    def defer_table_gradient(self) -> None:
+        """Have the word table's gradient gathered in parts, in its `table_gradient`.
+
+        What has too many parts goes to its `grad`, as ever. `optim.AdamW` looks at both.
+        """
+        table: Any = self.deberta.embeddings.word_embeddings.weight
+        table.table_gradient = self.table_gradient = TableGradient(table)
 
     def forward(
         self,
@@ -65,7 +75,7 @@ class DebertaForMaskedLM(nn.Module):
             The loss, 0-d, summed over the labels; predictions and samples, [B, P] each.
         """
         words: Any = self.deberta.embeddings.word_embeddings
-        rows, table = tied_lookup(words.weight, input_ids, words.padding_idx)
+        rows, table = tied_lookup(words.weight, input_ids, words.padding_idx, self.table_gradient)
         states = self.deberta(
             input_ids, attention_mask, word_rows=rows, predicted_positions=predicted_positions
         )  # [B, P, E]
@@ -76,6 +86,7 @@ class DebertaForMaskedLM(nn.Module):
             uniforms,
             num_tokens=num_tokens,
             temperature=temperature,
+            table_gradient=self.table_gradient,
         )
 
     def logits(
@@ -114,6 +125,7 @@ class LMHead(nn.Module):
         *,
         num_tokens: int | None,
         temperature: float,
+        table_gradient: TableGradient | None,
     ) -> HeadOutput:
         """Return the loss, 0-d; predictions and samples, [B, P] each."""
         output = linear_cross_entropy(
@@ -124,6 +136,7 @@ class LMHead(nn.Module):
             None if uniforms is None else uniforms.flatten(),
             num_tokens=num_tokens,
             temperature=temperature,
+            table_gradient=table_gradient,
         )
         samples = None if output.samples is None else output.samples.view_as(labels)
         return HeadOutput(output.loss, output.predictions.view_as(labels), samples)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_deberta.kernels import linear_cross_entropy
+from ds_deberta.kernels import TableGradient, linear_cross_entropy
 
 # The function of this name hides the module from an ordinary import.
 MODULE = importlib.import_module("ds_deberta.kernels.linear_cross_entropy")
@@ -239,6 +239,33 @@ def test_evaluation_equals_training(chunking: str):
     truth = linear_cross_entropy(*inputs)
     assert not output.loss.requires_grad
     assert all(map(torch.equal, output, truth))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_table_s_gradient_can_come_in_parts(chunking: str, dtype: torch.dtype):
+    """All else is the same to the bit; the parts are the table's gradient as it would be."""
+    inputs = make_inputs(torch.float32, rows=SIZE // 4)
+    gradient = TableGradient(inputs[1])
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        whole = linear_cross_entropy(*inputs, num_tokens=NUM_TOKENS)
+        parts = linear_cross_entropy(*inputs, num_tokens=NUM_TOKENS, table_gradient=gradient)
+    assert all(map(torch.equal, whole, parts))
+    states, weight, bias = gradients_of(whole.loss, inputs, 0.37)
+    (parts.loss * 0.37).backward()
+    assert torch.equal(inputs[0].grad, states)
+    assert torch.equal(inputs[2].grad, bias)
+    assert inputs[1].grad is None
+    for start, block in gradient.blocks(100):
+        torch.testing.assert_close(block, weight[start : start + 100])
+
+
+def test_a_table_s_gradient_of_many_rows_comes_as_a_whole(chunking: str):
+    inputs = make_inputs(torch.float32, rows=SIZE // 4 + 1)
+    gradient = TableGradient(inputs[1])
+    linear_cross_entropy(*inputs, table_gradient=gradient).loss.backward()
+    assert gradient.is_empty
+    (truth,) = torch.autograd.grad(linear_cross_entropy(*inputs).loss, inputs[1])
+    assert torch.equal(inputs[1].grad, truth)
 
 
 class LargestTensor(TorchDispatchMode):
