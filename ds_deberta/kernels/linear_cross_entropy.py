@@ -27,7 +27,8 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
 for GPUs runs on meta."""
 
 KEPT_BYTES = 2**26
-"""Logits for the backward pass; those of a greater product are made again, chunk by chunk."""
+"""Logits for the backward pass; those of a greater product are made again, chunk by chunk, unless
+they become a part of the table's gradient."""
 
 
 class HeadOutput(NamedTuple):

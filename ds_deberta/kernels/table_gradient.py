@@ -43,7 +43,16 @@ class TableGradient:
         return not self._pieces and 4 * rows <= self._width
 
     def add_product(self, pieces: list[Tensor], states: Tensor) -> None:
-        """Add `cat(pieces, 1).T @ states`: [N, C] of ids that follow each other, and [N, E]."""
+        """Add `cat(pieces, 1).T @ states`: [N, C] of ids that follow each other, and [N, E].
+
+        Raises:
+            RuntimeError: there is one already, which would be lost.
+        """
+        if self._pieces:
+            raise RuntimeError(
+                "a table's gradient in parts must come from one backward pass of one forward pass; "
+                "got a second one. Update the table before it, or do not defer its gradient."
+            )
         self._pieces, self._states = pieces, states.detach()
 
     def add_rows(self, ids: Tensor, rows: Tensor) -> None:

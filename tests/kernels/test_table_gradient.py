@@ -94,3 +94,10 @@ def test_one_product_of_a_quarter_of_the_width_is_taken():
     assert gradient.is_empty
     assert gradient.takes(WIDTH // 4)
     assert not gradient.takes(WIDTH // 4 + 1)
+
+
+def test_a_second_product_is_an_error_and_not_lost():
+    gradient, whole = make()
+    with pytest.raises(RuntimeError, match="got a second one"):
+        gradient.add_product([torch.ones(1, HEIGHT)], torch.ones(1, WIDTH))
+    torch.testing.assert_close(gather(gradient, 4), whole)
