@@ -64,7 +64,7 @@ def cpu_attention(
     penalty, is_token = mask_scores(documents, None, at_least_fp32(q[:0]).dtype)
     q, k, v = (states.transpose(0, 1) for states in (q, k, v))  # [H, B, L, D]
     context = _SelfAttention.apply(q, k, v, key_table, query_table, penalty, scale, dropout_p)
-    return (context * is_token).transpose(0, 1)
+    return (context * is_token.to(context.dtype)).transpose(0, 1)
 
 
 class _SelfAttention(torch.autograd.Function):
@@ -93,32 +93,31 @@ class _SelfAttention(torch.autograd.Function):
         keep, ctx.gain = keep_mask(probs.shape, dropout_p) if dropout_p > 0.0 else (None, 1.0)
         ctx.save_for_backward(q, k, v, key_table, query_table, probs, keep)
         ctx.scale = scale
-        return (probs if keep is None else probs * keep) @ v.mul(ctx.gain)
+        return (probs if keep is None else probs * keep.to(probs.dtype)) @ v.mul(ctx.gain)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, key_table, query_table, probs, keep = ctx.saved_tensors
         grad = grad.contiguous().mul(ctx.gain)
-        kept = probs if keep is None else probs * keep
-        grad_v = kept.transpose(-1, -2) @ grad
-        grad_probs = grad @ v.transpose(-1, -2)  # [H, B, L, L]
+        kept, grad_probs = probs, grad @ v.transpose(-1, -2)  # [H, B, L, L]
         if keep is not None:
+            keep = keep.to(probs.dtype)
+            kept = probs * keep
             grad_probs.mul_(keep)
+        grad_v = kept.transpose(-1, -2) @ grad
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        grad_scores.mul_(ctx.scale)
         grad_q = grad_scores @ k
         grad_k = grad_scores.transpose(-1, -2) @ q
         grad_key_table = grad_query_table = None
         if key_table is not None:
             skewed = _skew(grad_scores, key_table)  # [H*blocks, B*rows, W]
             grad_q += _by_row(skewed @ key_table.transpose(-1, -2), q)
-            grad_key_table = (_by_block(q, key_table).transpose(-1, -2) @ skewed).mul_(ctx.scale)
+            grad_key_table = _by_block(q, key_table).transpose(-1, -2) @ skewed
         if query_table is not None:
             skewed = _skew(grad_scores.transpose(-1, -2), query_table)
             grad_k += _by_row(skewed @ query_table.transpose(-1, -2), k)
             grad_query_table = _by_block(k, query_table).transpose(-1, -2) @ skewed
-            grad_query_table.mul_(ctx.scale)
-        grad_q.mul_(ctx.scale)
-        grad_k.mul_(ctx.scale)
         return grad_q, grad_k, grad_v, grad_key_table, grad_query_table, None, None, None
 
 

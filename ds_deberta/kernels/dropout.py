@@ -34,10 +34,13 @@ def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """Draw on the CPU what dropout keeps.
 
     Returns:
-        A bool mask that is False with probability p, and the factor that keeps the mean.
+        A uint8 mask (torch turns bool into floats eight times slower) that is 0 with probability p,
+        else 1, and the factor that keeps the mean.
     """
     dropped = round(p * _LEVELS)
     draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     levels = draws.view(torch.int16)[: shape.numel()].view(shape)  # -2**15 to 2**15 - 1
-    keep = levels.ge(dropped - _LEVELS // 2) if dropped < _LEVELS else torch.zeros_like(levels) > 0
+    keep = torch.zeros(shape, dtype=torch.uint8)
+    if dropped < _LEVELS:
+        torch.ge(levels, dropped - _LEVELS // 2, out=keep)
     return keep, _LEVELS / max(_LEVELS - dropped, 1)
