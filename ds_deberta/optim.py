@@ -16,9 +16,7 @@ LrSchedule = Literal["linear", "cosine", "wsd", "constant"]
 
 # As the original: biases and LayerNorm weights are not decayed.
 _NO_DECAY = re.compile(r"bias|LayerNorm\.weight")
-_BLOCK_ELEMENTS = (
-    2**22
-)  # of a table; their gradient stays in a CPU's cache, and few blocks are quick
+_BLOCK_ELEMENTS = 2**20  # of a table; their gradient stays in a CPU's cache
 
 
 @dataclass(frozen=True, kw_only=True)

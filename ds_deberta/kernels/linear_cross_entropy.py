@@ -1,11 +1,13 @@
-"""Loss, predictions and samples of a vocabulary head, without its [N, V] logits.
+"""Loss, predictions and samples of a vocabulary head, without its [V, N] logits.
 
 The product with the vocabulary is made chunk by chunk. What stays of a chunk is its greatest
 logit, the label's logit, and the sum of exponentials of every block of 64 ids. These sums give
 the loss, and the block that a sample falls into; the logits of that block alone are then made
-again to find the sample in it. The backward pass makes each chunk's logits again, unless all of
-them are so few that they were kept. Their gradients can take the kept ones' place, and stay, for
-the table's gradient to be made of them later.
+again to find the sample in it. The gradient of the states is made on the way, as softmax times
+vocabulary, against the greatest logit so far (the online softmax of FlashAttention). Only the
+vocabulary's gradient is left to the backward pass. It makes each chunk's logits again, unless all
+exponentials are so few that they were kept; these can become the gradient's one factor, and stay,
+for the table's gradient to be made of them later.
 
 Products are in the dtype of the states or in autocast's, softmax and sums in fp32.
 
@@ -22,13 +24,13 @@ from ds_deberta.kernels.table_gradient import TableGradient
 BLOCK = 64
 """Ids that share one sum. More need less memory for the sums, but a longer second look."""
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25, "meta": 2**25}
 """Logits that live at a time: on a CPU they stay in its cache, on a GPU they keep it busy. A plan
 for GPUs runs on meta."""
 
 KEPT_BYTES = 2**26
-"""Logits for the backward pass; those of a greater product are made again, chunk by chunk, unless
-they become a part of the table's gradient."""
+"""Exponentials for the backward pass; those of a greater product are made again, chunk by chunk,
+unless they become a part of the table's gradient."""
 
 
 class HeadOutput(NamedTuple):
@@ -101,72 +103,79 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept = None
         are_few = len(states) * len(weight) * dtype.itemsize <= KEPT_BYTES
         if has_backward and (are_few or table_gradient is not None):
-            kept = states.new_empty(len(states) * len(weight), dtype=dtype)
-        head = _ChunkedHead(states, weight, bias, num_tokens, dtype, kept)
+            kept = states.new_empty(len(weight), len(states), dtype=dtype)
+        head = _ChunkedHead(states, weight, bias, num_tokens, dtype)
         best = states.new_full((len(states),), -torch.inf, dtype=head.sum_dtype)  # [N]
         label_logits = torch.zeros_like(best)
+        expected = torch.zeros_like(states, dtype=head.sum_dtype)  # [N, E] sum of exp(x) * weight
         predictions = torch.zeros_like(labels)
-        sums = best.new_empty(len(states), head.chunks[-1].blocks.stop)  # [N, K] exp(x - maximum)
-        maxima = torch.empty_like(sums)  # [N, K] of the chunk that the block is in
+        sums = best.new_empty(head.chunks[-1].blocks.stop, len(states))  # [K, N] exp(x - maximum)
+        maxima = torch.empty_like(sums)  # [K, N] of the chunk that the block is in
         is_tempered = uniforms is not None and temperature != 1.0
         sample_sums = torch.empty_like(sums) if is_tempered else sums
         for chunk in head.chunks:
-            logits = head.logits(chunk)  # [N, C]
+            vocabulary = head.weight_of(chunk)  # [C, E]
+            logits = head.logits(chunk, vocabulary)  # [C, N]
             index, is_here = _find(labels, chunk)
-            label_logits = torch.where(is_here, logits.gather(1, index)[:, 0], label_logits)
-            maximum, argmax = logits.max(-1)
+            label_logits = torch.where(is_here, logits.gather(0, index)[0], label_logits)
+            maximum, argmax = logits.max(0)
             maximum = maximum.to(best.dtype)
             predictions = torch.where(maximum > best, argmax + chunk.start, predictions)
-            best = torch.maximum(best, maximum)
-            maxima[:, chunk.blocks] = maximum[:, None]
-            sums[:, chunk.blocks] = _block_sums(head.exp(logits, maximum))
+            maxima[chunk.blocks] = maximum
             if is_tempered:
                 exps = head.exp(logits, maximum, temperature)
-                sample_sums[:, chunk.blocks] = _block_sums(exps)
-        totals = (sums * (maxima - best[:, None]).exp()).sum(-1)
+                sample_sums[chunk.blocks] = _block_sums(exps)
+            exps = head.exp(logits, maximum)
+            sums[chunk.blocks] = _block_sums(exps)
+            before, best = best, torch.maximum(maximum, best)
+            if has_backward:
+                low = (logits if kept is None else kept[chunk.ids]).copy_(exps)
+                expected *= (before - best).exp_()[:, None]
+                expected.addcmul_((maximum - best).exp_()[:, None], low.T @ vocabulary)
+        totals = (sums * (maxima - best).exp()).sum(0)
         log_sums = best + totals.log()  # [N] log(sum of all exp(x))
         loss = torch.where(labels >= 0, log_sums - label_logits, 0.0).sum()
         samples = None
         if uniforms is not None:
-            live = maxima[:, : _count_blocks(num_tokens)]
-            live = (live - live.amax(-1, keepdim=True)) / temperature
-            masses = sample_sums[:, : live.shape[1]] * live.exp()
-            samples = _draw(head, masses, uniforms, num_tokens, temperature)
-        ctx.save_for_backward(states, weight, bias, labels, log_sums, kept)
+            live = maxima[: _count_blocks(num_tokens)]
+            live = (live - live.amax(0)) / temperature
+            masses = sample_sums[: len(live)] * live.exp()
+            samples = _draw(head, masses.T, uniforms, num_tokens, temperature)
+        label_rows = weight[labels.clamp(min=0)].to(dtype)
+        toward = expected.div_(totals[:, None]).sub_(label_rows)  # [N, E] each row's loss by states
+        factors = torch.stack([maxima[chunk.blocks.start] for chunk in head.chunks]) - log_sums
+        ctx.save_for_backward(states, weight, bias, labels, log_sums, toward, kept, factors.exp_())
         ctx.num_tokens, ctx.dtype, ctx.table_gradient = num_tokens, dtype, table_gradient
         ctx.mark_non_differentiable(predictions, *([] if samples is None else [samples]))
         return loss, predictions, samples
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_loss = grad_outputs[0]
-        states, weight, bias, labels, log_sums, kept = ctx.saved_tensors
-        head = _ChunkedHead(states, weight, bias, ctx.num_tokens, ctx.dtype, kept)
-        grad_states = torch.zeros_like(states, dtype=head.sum_dtype)
+        states, weight, bias, labels, log_sums, toward, kept, factors = ctx.saved_tensors
+        scale = torch.where(labels >= 0, grad_outputs[0], 0.0)  # [N]
+        logits_grad = kept  # [V, N], of a gradient in parts: it takes the exponentials' place
+        head = _ChunkedHead(states, weight, bias, ctx.num_tokens, ctx.dtype)
         grad_weight = torch.empty_like(weight) if ctx.table_gradient is None else None
         grad_bias = torch.empty_like(bias)
-        pieces = []
-        scale = torch.where(labels >= 0, grad_loss, 0.0)[:, None]  # [N, 1]
-        for chunk in head.chunks:
-            logits = head.logits(chunk) if kept is None else head.part_of(kept, chunk)
-            grad = head.exp(logits, log_sums).mul_(scale)  # [N, C]
-            index, is_here = _find(labels, chunk)
-            grad.scatter_add_(1, index, torch.where(is_here[:, None], -scale, 0.0))
-            ids = slice(chunk.start, chunk.stop)
-            grad_bias[ids] = grad.sum(0)
-            if grad_weight is None:
-                grad = logits.copy_(grad)
-                pieces.append(grad)
+        for chunk, factor in zip(head.chunks, factors, strict=True):
+            if kept is None:
+                logits = head.logits(chunk, head.weight_of(chunk))
+                grad = head.exp(logits, log_sums).mul_(scale)  # [C, N]
             else:
-                grad = grad.to(ctx.dtype)
-                if weight.dtype == ctx.dtype:
-                    torch.mm(grad.T, head.states, out=grad_weight[ids])
-                else:
-                    grad_weight[ids] = grad.T @ head.states
-            grad_states += grad @ head.weight_of(chunk)
+                grad = head.multiply(kept[chunk.ids], factor * scale)
+            index, is_here = _find(labels, chunk)
+            grad.scatter_add_(0, index, torch.where(is_here, -scale, 0.0)[None])
+            grad_bias[chunk.ids] = grad.sum(1)
+            if grad_weight is None:
+                logits_grad[chunk.ids] = grad
+            elif weight.dtype == ctx.dtype:
+                torch.mm(grad.to(ctx.dtype), head.states, out=grad_weight[chunk.ids])
+            else:
+                grad_weight[chunk.ids] = grad.to(ctx.dtype) @ head.states
         if ctx.table_gradient is not None:
-            ctx.table_gradient.add_product(pieces, head.states)
-        return grad_states.to(states.dtype), grad_weight, grad_bias, *[None] * 7
+            ctx.table_gradient.add_product(logits_grad, head.states)
+        grad_states = (toward * scale[:, None]).to(states.dtype)
+        return grad_states, grad_weight, grad_bias, *[None] * 7
 
 
 class _Chunk(NamedTuple):
@@ -177,21 +186,17 @@ class _Chunk(NamedTuple):
     blocks: slice
     """Its blocks of at most 64 ids."""
 
+    @property
+    def ids(self) -> slice:
+        """Its ids."""
+        return slice(self.start, self.stop)
+
 
 class _ChunkedHead:
-    """Makes the logits of one chunk at a time, in buffers that all chunks share.
-
-    With `kept`, [N V], the chunks lie there side by side and stay.
-    """
+    """Makes the logits of one chunk at a time, in buffers that all chunks share."""
 
     def __init__(
-        self,
-        states: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        num_tokens: int,
-        dtype: torch.dtype,
-        kept: Tensor | None,
+        self, states: Tensor, weight: Tensor, bias: Tensor, num_tokens: int, dtype: torch.dtype
     ):
         rows = len(states)
         self.states = states.to(dtype)
@@ -199,37 +204,37 @@ class _ChunkedHead:
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
         self.chunks = _chunks(rows, num_tokens, len(weight), states.device.type)
         width = max(chunk.stop - chunk.start for chunk in self.chunks)
-        self._kept = kept
-        self._logits = self.states.new_empty(rows * width if kept is None else 0)
-        self._exps = self.states.new_empty(rows * width, dtype=self.sum_dtype)
+        is_cast = weight.dtype != dtype
+        self._vocabulary = self.states.new_empty(width, weight.shape[1]) if is_cast else None
+        self._logits = self.states.new_empty(width, rows)
+        self._exps = self._logits.new_empty(width, rows, dtype=self.sum_dtype)
 
-    def logits(self, chunk: _Chunk) -> Tensor:
-        """Return [N, C] logits in the dtype of the product; the next call may overwrite them."""
-        bias = self.bias[chunk.start : chunk.stop].to(self.states.dtype)
-        if self._kept is None:
-            out = self._first(self._logits, chunk.stop - chunk.start)
-        else:
-            out = self.part_of(self._kept, chunk)
-        return torch.addmm(bias, self.states, self.weight_of(chunk).T, out=out)
+    def logits(self, chunk: _Chunk, vocabulary: Tensor) -> Tensor:
+        """Return [C, N] logits in the dtype of the product; the next call overwrites them.
 
-    def part_of(self, kept: Tensor, chunk: _Chunk) -> Tensor:
-        """Return the [N, C] logits of a chunk among all."""
-        rows = len(self.states)
-        return kept[rows * chunk.start : rows * chunk.stop].view(rows, -1)
+        Args:
+            chunk: Which.
+            vocabulary: Its `weight_of`.
+        """
+        bias = self.bias[chunk.ids, None].to(vocabulary.dtype)
+        out = self._logits[: len(vocabulary)]
+        return torch.addmm(bias, vocabulary, self.states.T, out=out)
 
     def weight_of(self, chunk: _Chunk) -> Tensor:
-        """Return [C, E] in the dtype of the product."""
-        return self.weight[chunk.start : chunk.stop].to(self.states.dtype)
+        """Return [C, E] in the dtype of the product; the next call may overwrite it."""
+        weight = self.weight[chunk.ids]
+        return weight if self._vocabulary is None else self._vocabulary[: len(weight)].copy_(weight)
 
     def exp(self, logits: Tensor, offsets: Tensor, temperature: float = 1.0) -> Tensor:
-        """Exponentiate [N, C] logits less [N] offsets; the next call overwrites the result."""
-        exps = torch.sub(logits, offsets[:, None], out=self._first(self._exps, logits.shape[1]))
+        """Exponentiate [C, N] logits less [N] offsets; the next call overwrites the result."""
+        exps = torch.sub(logits, offsets, out=self._exps[: len(logits)])
         if temperature != 1.0:
             exps /= temperature
         return exps.exp_()
 
-    def _first(self, buffer: Tensor, width: int) -> Tensor:
-        return buffer[: len(self.states) * width].view(-1, width)
+    def multiply(self, exps: Tensor, factors: Tensor) -> Tensor:
+        """Multiply [C, N] exponentials with [N] factors; the next call overwrites the result."""
+        return torch.mul(exps, factors, out=self._exps[: len(exps)])
 
 
 def _chunks(rows: int, num_tokens: int, vocab_size: int, device: str) -> list[_Chunk]:
@@ -253,18 +258,18 @@ def _count_blocks(width: int) -> int:
 
 
 def _block_sums(exps: Tensor) -> Tensor:
-    """Sum [N, C] over blocks, of which the last may be short."""
-    whole = exps.shape[1] // BLOCK * BLOCK
-    sums = exps[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
-    if whole == exps.shape[1]:
+    """Sum [C, N] over blocks of ids, of which the last may be short."""
+    whole = len(exps) // BLOCK * BLOCK
+    sums = exps[:whole].unflatten(0, (-1, BLOCK)).sum(1)
+    if whole == len(exps):
         return sums
-    return torch.cat([sums, exps[:, whole:].sum(-1, keepdim=True)], dim=1)
+    return torch.cat([sums, exps[whole:].sum(0, keepdim=True)])
 
 
 def _find(labels: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-    """Return [N, 1] the label's index in a chunk, or any, and [N] whether it is there."""
+    """Return [1, N] the label's index in a chunk, or any, and [N] whether it is there."""
     is_here = (labels >= chunk.start) & (labels < chunk.stop)
-    return torch.where(is_here, labels - chunk.start, 0)[:, None], is_here
+    return torch.where(is_here, labels - chunk.start, 0)[None], is_here
 
 
 def _draw(

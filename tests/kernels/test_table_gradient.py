@@ -15,13 +15,12 @@ def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[TableGradient, Tensor]:
-    """A head in three pieces, and two lookups of repeated ids; and the whole."""
+    """A head, and two lookups of repeated ids; and the whole."""
     torch.manual_seed(0)
     gradient = TableGradient(torch.empty(HEIGHT, WIDTH, dtype=dtype))
-    pieces = [torch.randn(3, width).to(dtype) for width in (9, 9, 5)]
-    states = torch.randn(3, WIDTH).to(dtype)
-    gradient.add_product(pieces, states)
-    whole = torch.cat(pieces, 1).T.double() @ states.double()
+    logits_grad, states = torch.randn(HEIGHT, 3).to(dtype), torch.randn(3, WIDTH).to(dtype)
+    gradient.add_product(logits_grad, states)
+    whole = logits_grad.double() @ states.double()
     for ids in ([22, 0, 22, 7], [7, 3]):
         rows = torch.randn(len(ids), WIDTH).to(dtype)
         gradient.add_rows(torch.tensor(ids), rows)
@@ -61,19 +60,20 @@ def test_the_norm_is_that_of_the_whole(measured: None):
 def test_the_norm_of_what_cancels_is_nothing(measured: None):
     """Its square is a difference of two numbers: their rounding is left, 1e-16 of each."""
     gradient = TableGradient(torch.empty(HEIGHT, WIDTH, dtype=torch.float64))
-    grads, states = torch.randn(2, HEIGHT).double(), torch.randn(2, WIDTH).double()
-    gradient.add_product([grads], states)
-    gradient.add_rows(torch.arange(HEIGHT), -(grads.T @ states))
-    assert gradient.norm() < 1e-7 * (grads.T @ states).norm()
+    logits_grad, states = torch.randn(HEIGHT, 2).double(), torch.randn(2, WIDTH).double()
+    gradient.add_product(logits_grad, states)
+    gradient.add_rows(torch.arange(HEIGHT), -(logits_grad @ states))
+    assert gradient.norm() < 1e-7 * (logits_grad @ states).norm()
 
 
 def test_bf16_factors_make_the_gradient_that_autocast_makes(measured: None):
     gradient, whole = make(torch.float32)
     low = TableGradient(torch.empty(HEIGHT, WIDTH))
-    pieces, states = [piece.bfloat16() for piece in gradient._pieces], gradient._states.bfloat16()
-    low.add_product(pieces, states)
+    assert gradient._factors is not None
+    logits_grad, states = (factor.bfloat16() for factor in gradient._factors)
+    low.add_product(logits_grad, states)
     low.add_rows(gradient._ids, gradient._rows)
-    product = (torch.cat(pieces, 1).T @ states).float()
+    product = (logits_grad @ states).float()
     rows = torch.zeros(HEIGHT, WIDTH).index_add_(0, gradient._ids, gradient._rows)
     torch.testing.assert_close(gather(low, 4).float(), product + rows)
     # A bf16 number is within 2**-9 of what it stands for.
@@ -83,7 +83,8 @@ def test_bf16_factors_make_the_gradient_that_autocast_makes(measured: None):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_numbers_that_are_not_finite_show_in_the_norm(measured: None, bad: float):
     gradient, _ = make()
-    gradient._pieces[1][2, 3] = bad
+    assert gradient._factors is not None
+    gradient._factors[0][12, 2] = bad
     assert not gradient.norm().isfinite()
 
 
@@ -99,5 +100,5 @@ def test_one_product_of_a_quarter_of_the_width_is_taken():
 def test_a_second_product_is_an_error_and_not_lost():
     gradient, whole = make()
     with pytest.raises(RuntimeError, match="got a second one"):
-        gradient.add_product([torch.ones(1, HEIGHT)], torch.ones(1, WIDTH))
+        gradient.add_product(torch.ones(HEIGHT, 1), torch.ones(1, WIDTH))
     torch.testing.assert_close(gather(gradient, 4), whole)
