@@ -40,7 +40,8 @@ def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     dropped = round(p * _LEVELS)
     draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     levels = draws.view(torch.int16)[: shape.numel()].view(shape)  # -2**15 to 2**15 - 1
-    keep = torch.zeros(shape, dtype=torch.uint8)
-    if dropped < _LEVELS:
-        torch.ge(levels, dropped - _LEVELS // 2, out=keep)
-    return keep, _LEVELS / max(_LEVELS - dropped, 1)
+    if dropped == _LEVELS:
+        return torch.zeros(shape, dtype=torch.uint8), 1.0
+    keep = torch.empty(shape, dtype=torch.uint8)
+    torch.ge(levels, dropped - _LEVELS // 2, out=keep)
+    return keep, _LEVELS / (_LEVELS - dropped)

@@ -84,7 +84,9 @@ class TableGradient:
         """Yield it as (first row, [height or what is left, E]), each in the same memory."""
         self._sum_repeated()
         memory = self._rows.new_zeros(min(height, self._height), self._width)
-        for start in range(0, self._height, height):
+        starts = torch.arange(0, self._height + height, height, device=self._ids.device)
+        ends = torch.searchsorted(self._ids, starts).tolist()
+        for number, start in enumerate(range(0, self._height, height)):
             stop = min(start + height, self._height)
             block = memory[: stop - start]
             if self._factors is not None:
@@ -93,7 +95,7 @@ class TableGradient:
                     torch.mm(logits_grad, states, out=block)
                 else:
                     block.copy_(logits_grad @ states)
-            here = self._within(start, stop)
+            here = slice(ends[number], ends[number + 1])
             places = self._ids[here] - start
             block.index_add_(0, places, self._rows[here])
             yield start, block
@@ -107,8 +109,3 @@ class TableGradient:
             self._ids[None], self._rows, size, check_invariants=False
         ).coalesce()
         self._ids, self._rows = rows.indices()[0], rows.values()
-
-    def _within(self, start: int, stop: int) -> slice:
-        """Where ids from `start` to before `stop` are."""
-        ends = torch.tensor([start, stop], device=self._ids.device)
-        return slice(*torch.searchsorted(self._ids, ends).tolist())
