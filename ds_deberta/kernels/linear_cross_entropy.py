@@ -28,6 +28,10 @@ CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25, "meta": 2**25}
 """Logits that live at a time: on a CPU they stay in its cache, on a GPU they keep it busy. A plan
 for GPUs runs on meta."""
 
+FP16_IDS = 2**15
+"""Most ids of a chunk in fp16, which ends at 65,504: a product sums exponentials, each at most 1,
+times embeddings over them."""
+
 KEPT_BYTES = 2**26
 """Exponentials for the backward pass; those of a greater product are made again, chunk by chunk,
 unless they become a part of the table's gradient."""
@@ -202,7 +206,10 @@ class _ChunkedHead:
         self.states = states.to(dtype)
         self.weight, self.bias = weight, bias
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.chunks = _chunks(rows, num_tokens, len(weight), states.device.type)
+        width = CHUNK_ELEMENTS[states.device.type] // rows
+        if dtype == torch.float16:
+            width = min(width, FP16_IDS)
+        self.chunks = _chunks(width, num_tokens, len(weight))
         width = max(chunk.stop - chunk.start for chunk in self.chunks)
         is_cast = weight.dtype != dtype
         self._vocabulary = self.states.new_empty(width, weight.shape[1]) if is_cast else None
@@ -237,12 +244,13 @@ class _ChunkedHead:
         return torch.mul(exps, factors, out=self._exps[: len(exps)])
 
 
-def _chunks(rows: int, num_tokens: int, vocab_size: int, device: str) -> list[_Chunk]:
+def _chunks(width: int, num_tokens: int, vocab_size: int) -> list[_Chunk]:
     """Cut the vocabulary, first the ids that are drawn, then those that are not.
 
+    About `width` ids each, in whole blocks.
     Block k begins at id 64 k in the first part: all its chunks but the last are whole blocks.
     """
-    width = max(CHUNK_ELEMENTS[device] // rows // BLOCK, 1) * BLOCK
+    width = max(width // BLOCK, 1) * BLOCK
     chunks, block = [], 0
     for first, last in ((0, num_tokens), (num_tokens, vocab_size)):
         for start in range(first, last, width):

@@ -101,6 +101,15 @@ def test_half_precision_is_as_exact_as_the_plain_head(chunking: str, dtype: torc
         assert error(found, expected) < 1.5 * error(usual, expected)
 
 
+def test_sums_over_a_large_vocabulary_stay_within_fp16():
+    """Embeddings of 1 and equal logits: over all ids the sum of exponentials would be 80,000."""
+    states = torch.zeros(1, 4, dtype=torch.float16, requires_grad=True)
+    weight, bias = torch.ones(80_000, 4, dtype=torch.float16), torch.zeros(80_000)
+    weight[7] = -1.0
+    linear_cross_entropy(states, weight, bias.half(), torch.tensor([7])).loss.backward()
+    torch.testing.assert_close(states.grad, torch.full_like(states, 2.0))
+
+
 def test_gradients_are_those_of_finite_differences(chunking: str):
     inputs = make_inputs(torch.float64, rows=4)
 
