@@ -72,9 +72,10 @@ class TableGradient:
             return square.sqrt()
         logits_grad, states = self._factors[0], self._factors[1].to(self._dtype)
         gram = states.new_zeros(len(states), len(states))
-        for start in range(0, self._height, _MEASURED_IDS):
-            part = logits_grad[start : start + _MEASURED_IDS].to(self._dtype)
-            gram.addmm_(part.T, part)
+        for part in logits_grad.split(_MEASURED_IDS):
+            if part.dtype == torch.float16:  # whose squares pass its range
+                part = part.to(self._dtype)
+            gram += part.T @ part
         square = square + (gram * (states @ states.T)).sum()
         read = logits_grad[self._ids].to(self._dtype)  # [U, N]
         square = square + 2 * (read * (self._rows @ states.T)).sum()

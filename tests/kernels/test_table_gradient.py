@@ -80,6 +80,15 @@ def test_bf16_factors_make_the_gradient_that_autocast_makes(measured: None):
     torch.testing.assert_close(low.norm().double(), whole.norm(), rtol=2**-8, atol=0)
 
 
+def test_the_norm_of_large_fp16_factors_does_not_overflow(measured: None):
+    gradient = TableGradient(torch.empty(HEIGHT, WIDTH))
+    logits_grad = torch.full((HEIGHT, 3), 1000.0, dtype=torch.float16)
+    states = torch.ones(3, WIDTH, dtype=torch.float16)
+    gradient.add_product(logits_grad, states)
+    whole = logits_grad.double() @ states.double()
+    torch.testing.assert_close(gradient.norm().double(), whole.norm(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_numbers_that_are_not_finite_show_in_the_norm(measured: None, bad: float):
     gradient, _ = make()
