@@ -1,11 +1,12 @@
 """Tokens per second of a whole training step.
 
-    python benchmarks/step.py [--rounds 5] [--only SHAPE] [--compile]
+    python benchmarks/step.py [--rounds 7] [--only SHAPE] [--compile]
     python benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512 [--profile]
 
 The first, two small shapes against transformers: each side runs in a process of its own, as its
-users would run it, and they take turns, so that a noisy machine slows all of them. A turn begins
-with a step that is not timed, for the others have taken the caches. Ours: two
+users would run it, and they take turns of equal time, so that a noisy machine slows all of them
+alike; what is told is the median of a side's turns. A turn begins with a step that is not timed,
+for the others have taken the caches. Ours: two
 DeepSpeed engines (ds_configs/zero0_*.json), generator, sampling, discriminator, clipping and both
 updates, through `RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification
 with independent embeddings, torch's AdamW and the same losses. Dropout is 0.1 on both sides.
@@ -45,6 +46,7 @@ from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.optim import OptimConfig
 
+TURN_SECONDS = 6.0
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 MASKED = 0.15
 SHAPES = {
@@ -187,23 +189,24 @@ THEIRS = ("transformers fp32", "transformers bf16 autocast")
 
 
 def serve(shape: str, contender: str) -> None:
-    """Be one contender: for each line of standard input, run that many steps and tell the time.
+    """Be one contender: for each line of standard input, run steps for a turn and tell their mean.
 
-    After one more, which is not timed.
+    At least two, after one more, which is not timed.
     """
     config, rows, length = SHAPES[shape]
     torch.manual_seed(0)
     step = CONTENDERS[contender](config, make_batch(rows, length, config.vocab_size))
     step()  # warm up
     print("ready", flush=True)
-    for line in sys.stdin:
+    for _ in sys.stdin:
         step()
-        start = time.perf_counter()
-        for _ in range(int(line)):
+        start, steps, seconds = time.perf_counter(), 0, 0.0
+        while steps < 2 or seconds < TURN_SECONDS:
             step()
-        seconds = (time.perf_counter() - start) / int(line)
+            steps += 1
+            seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(seconds, peak, flush=True)
+        print(seconds / steps, peak, flush=True)
     os._exit(0)
 
 
@@ -221,10 +224,10 @@ class Contender:
         )
         self._read()
 
-    def run(self, steps: int) -> None:
-        """Run steps; keep the seconds of one, and the peak memory."""
+    def take_turn(self) -> None:
+        """Run steps for a turn; keep the mean seconds of one, and the peak memory."""
         assert self._process.stdin is not None
-        print(steps, file=self._process.stdin, flush=True)
+        print(file=self._process.stdin, flush=True)
         seconds, peak = self._read().split()
         self.seconds.append(float(seconds))
         self.peak_bytes = float(peak)
@@ -257,7 +260,7 @@ def compare(shape: str, rounds: int, *, compiled: bool) -> None:
     contenders = {name: Contender(shape, name) for name in names}
     for _ in range(rounds):
         for contender in contenders.values():
-            contender.run(2)
+            contender.take_turn()
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {kind}" for kind, rate in peak.items())
     only_imitated = "" if "bf16" in kinds else "; this CPU only imitates bf16, which is left out"
     print(f"\n{shape}: {rates}{only_imitated}\n")
@@ -268,12 +271,7 @@ def compare(shape: str, rounds: int, *, compiled: bool) -> None:
     for name, contender in contenders.items():
         contender.close()
         median = statistics.median(contender.seconds)
-        ratios = [
-            statistics.median(
-                b / s for b, s in zip(contenders[other].seconds, contender.seconds, strict=True)
-            )
-            for other in theirs
-        ]
+        ratios = [statistics.median(contenders[other].seconds) / median for other in theirs]
         kind = "bf16" if "bf16" in name else "fp32"
         memory = contender.peak_bytes / base.peak_bytes
         print(
@@ -414,7 +412,7 @@ def mlm_forward_flops(config: DebertaConfig, length: int) -> float:
 def main() -> None:
     """Measure every shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--only", choices=SHAPES, help="one shape")
     parser.add_argument("--preset", choices=MODELS, help="measure this model alone")
     parser.add_argument("--objective", choices=("rtd", "mlm"), default="rtd")
