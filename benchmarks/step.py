@@ -14,7 +14,8 @@ with independent embeddings, torch's AdamW and the same losses. Dropout is 0.1 o
 The second, ours alone, on the device at hand, with each attention asked for, and its time by part.
 
 The share of the GEMM rate is MFU: useful matrix-product operations (model/flops.py, three forward
-passes) per second, as a share of the best large product measured in the same run and dtype.
+passes) per second, as a share of the best large product measured in the same run and dtype; the
+best of all rounds, for a noisy machine can halve one.
 Memory on a CPU: the greatest resident size of the process, what it imports included; on CUDA: the
 greatest that torch allocated.
 """
@@ -250,7 +251,7 @@ def compare(shape: str, rounds: int, *, compiled: bool) -> None:
     kinds = {"fp32": torch.float32}
     if computes_in_bf16():
         kinds["bf16"] = torch.bfloat16
-    peak = {kind: measure_peak_flops(torch.device("cpu"), dtype) for kind, dtype in kinds.items()}
+    peak = dict.fromkeys(kinds, 0.0)
     flops = 3 * rows * rtd_forward_flops(config, length)
     names = [
         name
@@ -259,6 +260,8 @@ def compare(shape: str, rounds: int, *, compiled: bool) -> None:
     ]
     contenders = {name: Contender(shape, name) for name in names}
     for _ in range(rounds):
+        for kind, dtype in kinds.items():
+            peak[kind] = max(peak[kind], measure_peak_flops(torch.device("cpu"), dtype))
         for contender in contenders.values():
             contender.take_turn()
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {kind}" for kind, rate in peak.items())
