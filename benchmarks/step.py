@@ -6,10 +6,10 @@
 The first, two small shapes against transformers: each side runs in a process of its own, as its
 users would run it, and they take turns of equal time, so that a noisy machine slows all of them
 alike; what is told is the median of a side's turns. A turn begins with a step that is not timed,
-for the others have taken the caches. Ours: two
-DeepSpeed engines (ds_configs/zero0_*.json), generator, sampling, discriminator, clipping and both
-updates, through `RTDObjective`. Theirs: DebertaV2ForMaskedLM and DebertaV2ForTokenClassification
-with independent embeddings, torch's AdamW and the same losses. Dropout is 0.1 on both sides.
+for the others have taken the caches. Ours: two DeepSpeed engines (ds_configs/zero0_*.json),
+generator, sampling, discriminator, clipping and both updates, through `RTDObjective`. Theirs:
+DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent embeddings, torch's AdamW
+and the same losses. Dropout is 0.1 on both sides.
 
 The second, ours alone, on the device at hand, with each attention asked for, and its time by part.
 

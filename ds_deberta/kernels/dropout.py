@@ -3,7 +3,7 @@
 torch draws one Bernoulli number per element there, in one thread: a tenth of a training step. Here
 one 64-bit draw of the same generator serves eight elements: four with its 16-bit words, four with
 the words half-way between these. Two elements that share a byte are all but independent, for it is
-the high byte of one and the low byte of the other: their correlation is below 2**-8.
+the high byte of one and the low byte of the other: their correlation is 2**-8 at most.
 """
 
 import torch
