@@ -56,3 +56,11 @@ def test_it_draws_from_torchs_generator_and_only_in_training() -> None:
     assert torch.equal(first, layer(values))
     assert not torch.equal(first, layer(values))
     assert layer.eval()(values) is values
+
+
+def test_the_operator_is_what_a_compiler_takes_it_for() -> None:
+    keep_mask = torch.ops.ds_deberta.keep_mask.default
+    torch.library.opcheck(keep_mask, (torch.tensor([7]), [3, 5], 6554))
+    masks = [keep_mask(torch.tensor([seed]), [3, 50], 6554) for seed in (7, 7, 8)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])

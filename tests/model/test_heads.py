@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from ds_deberta.kernels import AttentionFn, cpu_attention, disentangled_attention
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD, DebertaModel
 
 LENGTH = 150
@@ -355,15 +356,27 @@ def test_two_backward_passes_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
 
 
-def test_a_model_compiles_to_one_graph():
-    model = DebertaForMaskedLM(CONFIG)
+@pytest.mark.parametrize("attend", [disentangled_attention, cpu_attention])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_model_compiles_to_one_graph(attend: AttentionFn, dropout_p: float):
+    """And drops the same elements then."""
+    config = replace(CONFIG, hidden_dropout_prob=dropout_p, attention_probs_dropout_prob=dropout_p)
+    model = DebertaForMaskedLM(config, attend)
     randomize(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     batch = (*make_batch(), make_labels(), torch.rand(2, 20, dtype=torch.float64))
-    ours, truth = compiled(*batch), model(*batch)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    outputs, gradients = [], []
+    for function in (compiled, model):
+        torch.manual_seed(0)
+        model.zero_grad()
+        outputs.append(function(*batch))
+        outputs[-1].loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    ours, truth = outputs
     torch.testing.assert_close(ours.loss, truth.loss, atol=1e-4, rtol=1e-5)
     assert torch.equal(ours.predictions, truth.predictions)
     assert torch.equal(ours.samples, truth.samples)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 def test_what_the_models_cannot_do_is_an_error():
