@@ -53,14 +53,12 @@ def cpu_attention(
             dropout_p=dropout_p,
         )
     blocks = math.gcd(max(1, length // BLOCK_ROWS), length)
-    key_table = query_table = None
     if slots is not None:
         middle = slots.shape[0] // 2
         slots = slots[middle - length + 1 : middle + length]  # [2 * L - 1]
-        if pos_key is not None:  # along a row of q, delta falls; along a row of k, it rises
-            key_table = _order(pos_key, slots.flip(0), blocks)
-        if pos_query is not None:
-            query_table = _order(pos_query, slots, blocks)
+    # Along a row of q, delta falls; along a row of k, it rises.
+    key_table = None if pos_key is None else _order(pos_key, slots, blocks, falls=True)
+    query_table = None if pos_query is None else _order(pos_query, slots, blocks, falls=False)
     penalty, is_token = mask_scores(documents, None, at_least_fp32(q[:0]).dtype)
     q, k, v = (states.transpose(0, 1) for states in (q, k, v))  # [H, B, L, D]
     context = _SelfAttention.apply(q, k, v, key_table, query_table, penalty, scale, dropout_p)
@@ -76,8 +74,8 @@ class _SelfAttention(torch.autograd.Function):
         q: Tensor,  # [H, B, L, D]
         k: Tensor,  # [H, B, L, D]
         v: Tensor,  # [H, B, L, D]
-        key_table: Tensor | None,  # [H*blocks, D, W]
-        query_table: Tensor | None,  # [H*blocks, D, W]
+        key_table: Tensor | None,  # [H*blocks, W, D]
+        query_table: Tensor | None,  # [H*blocks, W, D]
         penalty: Tensor,  # [B, 1 or L, L]
         scale: float,
         dropout_p: float,
@@ -85,9 +83,11 @@ class _SelfAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         scores = at_least_fp32(q @ k.transpose(-1, -2))  # [H, B, L, L]
         if key_table is not None:
-            _add_aligned(scores, _by_block(q, key_table) @ key_table)
+            _add_aligned(scores, _by_block(q, key_table) @ key_table.transpose(-1, -2))
         if query_table is not None:
-            _add_aligned(scores.transpose(-1, -2), _by_block(k, query_table) @ query_table)
+            _add_aligned(
+                scores.transpose(-1, -2), _by_block(k, query_table) @ query_table.transpose(-1, -2)
+            )
         torch.add(penalty, scores, alpha=scale, out=scores)
         probs = scores.softmax(-1).to(v.dtype)  # [H, B, L, L]
         keep, ctx.gain = keep_mask(probs.shape, dropout_p) if dropout_p > 0.0 else (None, 1.0)
@@ -112,39 +112,45 @@ class _SelfAttention(torch.autograd.Function):
         grad_key_table = grad_query_table = None
         if key_table is not None:
             skewed = _skew(grad_scores, key_table)  # [H*blocks, B*rows, W]
-            grad_q += _by_row(skewed @ key_table.transpose(-1, -2), q)
-            grad_key_table = _by_block(q, key_table).transpose(-1, -2) @ skewed
+            grad_q += _by_row(skewed @ key_table, q)
+            grad_key_table = skewed.transpose(-1, -2) @ _by_block(q, key_table)
         if query_table is not None:
             skewed = _skew(grad_scores.transpose(-1, -2), query_table)
-            grad_k += _by_row(skewed @ query_table.transpose(-1, -2), k)
-            grad_query_table = _by_block(k, query_table).transpose(-1, -2) @ skewed
+            grad_k += _by_row(skewed @ query_table, k)
+            grad_query_table = skewed.transpose(-1, -2) @ _by_block(k, query_table)
         return grad_q, grad_k, grad_v, grad_key_table, grad_query_table, None, None, None
 
 
-def _order(table: Tensor, slots: Tensor, blocks: int) -> Tensor:
+def _order(table: Tensor, slots: Tensor | None, blocks: int, *, falls: bool) -> Tensor:
     """Bring a position table [H, R, D] into the order in which blocks of rows meet its rows.
 
     Args:
         table: [H, R, D]
-        slots: [2 * L - 1], of the last row's first column to the first row's last.
+        slots: [2 * L - 1], which row each delta uses; None: they are in its order already.
         blocks: into how many the L rows are cut.
+        falls: whether delta falls along a row, or rises.
 
     Returns:
-        [H*blocks, D, W], W = L + L / blocks: one more than is read, so that length 1 is no special
+        [H*blocks, W, D], W = L + L / blocks: one more than is read, so that length 1 is no special
         case.
     """
-    heads, _, size = table.shape
+    heads, count, size = table.shape
+    if slots is None and blocks == 1:
+        return F.pad(table.flip(1) if falls else table, (0, 0, 0, 1))
+    if slots is None:
+        slots = torch.arange(count, device=table.device)
     length = (len(slots) + 1) // 2
     rows = length // blocks
-    windows = F.pad(slots, (0, 1)).unfold(0, length + rows, rows).flip(0)  # [blocks, W]
+    met = F.pad(slots.flip(0) if falls else slots, (0, 1))
+    windows = met.unfold(0, length + rows, rows).flip(0)  # [blocks, W]
     # An embedding, for its backward sums repeated slots fast and in a fixed order; here in fp32.
     ordered = F.embedding(windows, at_least_fp32(table).transpose(0, 1).flatten(1)).to(table.dtype)
-    ordered = ordered.unflatten(-1, (heads, size)).permute(2, 0, 3, 1)  # [H, blocks, D, W]
+    ordered = ordered.unflatten(-1, (heads, size)).permute(2, 0, 1, 3)  # [H, blocks, W, D]
     return ordered.flatten(0, 1)
 
 
 def _by_block(states: Tensor, table: Tensor) -> Tensor:
-    """[H, B, L, D] -> [H*blocks, B*rows, D], for the product with [H*blocks, D, W]."""
+    """[H, B, L, D] -> [H*blocks, B*rows, D], for the products with [H*blocks, W, D]."""
     blocks = table.shape[0] // states.shape[0]
     states = states.unflatten(2, (blocks, -1)).transpose(1, 2)  # [H, blocks, B, rows, D]
     return states.flatten(2, 3).flatten(0, 1)
@@ -178,9 +184,9 @@ def _add_aligned(scores: Tensor, product: Tensor) -> None:
 
 
 def _skew(scores: Tensor, table: Tensor) -> Tensor:
-    """Put [H, B, L, L] scores where the product with a table [H*blocks, D, W] had them."""
+    """Put [H, B, L, L] scores where the product with a table [H*blocks, W, D] had them."""
     heads, batch, length, _ = scores.shape
-    blocks, width = table.shape[0] // heads, table.shape[2]
+    blocks, width = table.shape[0] // heads, table.shape[1]
     product = scores.new_zeros(heads * blocks, batch * (length // blocks), width)
     aligned, scores = _aligned(product, scores)
     aligned.copy_(scores)

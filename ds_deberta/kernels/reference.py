@@ -42,7 +42,7 @@ def disentangled_attention(
         pos_key: Keys of the relative positions (c2p); None switches the term off.
         pos_query: Queries of the relative positions (p2c); None switches the term off.
         slots: Row of the position tables for each delta = query position - key position, at index
-            delta + N - 1. None when both tables are.
+            delta + N - 1. None: row delta + M - 1, which makes R = 2 * M - 1.
         documents: Which document each position of the row belongs to: 0 (or False) is padding,
             equal numbers (or True) are one document. A query attends to the keys of its own; a
             query that is padding gives zeros.
@@ -55,10 +55,11 @@ def disentangled_attention(
     """
     q, k, v = (states.transpose(0, 1) for states in (q, k, v))  # [H, B, L or M, D]
     scores = at_least_fp32(q @ k.transpose(-1, -2))  # [H, B, L, M]
-    if slots is not None:
+    if pos_key is not None or pos_query is not None:
         keys = torch.arange(k.shape[2], device=k.device)
         queries = keys.expand(q.shape[1], -1) if query_positions is None else query_positions
-        rows = slots[queries[..., None] - keys + slots.shape[0] // 2]  # [B, L, M]
+        delta = queries[..., None] - keys  # [B, L, M]
+        rows = delta + len(keys) - 1 if slots is None else slots[delta + slots.shape[0] // 2]
         if pos_key is not None:
             scores.add_(_gathered_scores(q, pos_key, rows))
         if pos_query is not None:

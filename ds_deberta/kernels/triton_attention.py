@@ -111,7 +111,8 @@ def disentangled_attention(
         v: Values.
         pos_key: Keys of the relative positions (c2p); None switches the term off.
         pos_query: Queries of the relative positions (p2c); None switches the term off.
-        slots: Row of the position tables for each delta, at index delta + N - 1.
+        slots: Row of the position tables for each delta, at index delta + N - 1. None: row
+            delta + M - 1, which makes R = 2 * M - 1.
         documents: The document of each key, numbered in int32; 0 is padding. Only positions of
             one document attend to each other; one that has no key gives zeros.
         query_positions: Where the queries sit; None: query i sits at position i, and L == M.
@@ -505,9 +506,10 @@ def _heads_last(states: Tensor) -> Tensor:
 
 def _by_delta(table: Tensor | None, slots: Tensor | None) -> Tensor | None:
     """[H, R, D] -> [U, H, D], rows in the order of delta."""
-    if table is None or slots is None:
+    if table is None:
         return None
-    return table.transpose(0, 1)[slots]
+    table = table.transpose(0, 1)
+    return table.contiguous() if slots is None else table[slots]
 
 
 def _table_sums(side: _Side, num_keys: int, tiles: Tiles) -> Tensor | None:
@@ -527,10 +529,12 @@ def _sum_by_slot(sums: Tensor | None, call: _Call, scale: float) -> Tensor:
     """[S, U, H, D] -> [H, R, D], the gradient of a table; nothing for no table."""
     if sums is None:
         return call.v.new_empty(0)
-    by_delta = sums.sum(0).mul_(scale).flatten(1)  # [U, H*D]
+    by_delta = sums.sum(0).mul_(scale)  # [U, H, D]
+    if call.slots is None:
+        return by_delta.transpose(0, 1).to(call.v.dtype)
     # The backward of an embedding sums the deltas of a slot fast and in a fixed order.
     by_slot = torch.ops.aten.embedding_dense_backward(
-        by_delta, call.slots, call.num_slots, -1, False
+        by_delta.flatten(1), call.slots, call.num_slots, -1, False
     )  # [R, H*D]
     return by_slot.view(-1, *sums.shape[2:]).transpose(0, 1).to(call.v.dtype)
 

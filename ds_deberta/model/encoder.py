@@ -218,6 +218,7 @@ class Encoder(nn.Module):
         """Return the relative embeddings in use at this length, and which row each delta uses.
 
         These rows lie side by side; a short sequence uses few, and no layer projects the others.
+        Where each delta has a row of its own, they are in the order of delta: None.
         """
         config = self.config
         limit = config.max_position_embeddings
@@ -231,6 +232,8 @@ class Encoder(nn.Module):
         relative = self.rel_embeddings(torch.arange(first, last + 1, device=self.slots.device))
         if config.norm_rel_ebd == "layer_norm":
             relative = self.LayerNorm(relative)
+        if last - first == 2 * (length - 1):
+            return relative, None
         return relative, self.slots[limit - length : limit + length - 1] - first
 
 

@@ -277,6 +277,19 @@ def test_the_backward_of_dropout_uses_the_mask_of_the_forward(packed: bool):
     assert_same(ours, output_and_gradients(partial(dense_attention, mask=mask), inputs), 1e-12)
 
 
+@both
+@pytest.mark.parametrize("length", [1, 9, 128, 257, 384])
+@pytest.mark.parametrize("queries", [None, 20])
+def test_tables_in_the_order_of_delta_need_no_slots(attend, length: int, queries: int | None):
+    inputs = make_inputs(length, "both", queries=queries)
+    for name in ("pos_key", "pos_query"):
+        inputs[name] = torch.randn(HEADS, 2 * length - 1, SIZE, dtype=torch.float64)
+    inputs["slots"] = torch.arange(2 * length - 1)
+    said = output_and_gradients(attend, inputs)
+    unsaid = output_and_gradients(attend, inputs | {"slots": None})
+    torch.testing.assert_close(unsaid, said, atol=1e-12, rtol=1e-12)
+
+
 def test_rows_longer_than_the_table_equal_the_triple_loop():
     inputs = make_inputs(17, "both")
     inputs["pos_key"], inputs["pos_query"] = inputs["pos_key"][:, :5], inputs["pos_query"][:, :5]

@@ -213,6 +213,22 @@ def test_one_position_attends_to_itself():
     torch.testing.assert_close(ours(case), truth(case), atol=2e-6, rtol=1e-6, check_dtype=False)
 
 
+@pytest.mark.parametrize("queries", [None, 20])
+def test_tables_in_the_order_of_delta_need_no_slots(queries: int | None):
+    case = Case(length=77, documents="packed", queries=queries, dropout_p=0.1)
+    inputs, said = make_inputs(case), []
+    for name in ("pos_key", "pos_query"):
+        inputs[name] = inputs[name][:, torch.arange(2 * case.length - 1) % ROWS]
+    for slots in (torch.arange(2 * case.length - 1, device=DEVICE), None):
+        inputs["slots"] = slots
+        said.append(
+            output_and_gradients(
+                disentangled_attention, inputs, case.dtype, dropout_p=0.1, tiles=BIG
+            )
+        )
+    assert_same_bits(*said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1100, 2100])
 def test_long_rows_of_short_documents(length: int):
