@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_deberta.kernels.dropout import keep_mask
-from ds_deberta.kernels.reference import at_least_fp32, disentangled_attention, mask_scores
+from ds_deberta.kernels.reference import (
+    at_least_fp32,
+    check_order,
+    disentangled_attention,
+    mask_scores,
+)
 
 BLOCK_ROWS = 128
 """Rows that share one product with a position table: fewer waste less of it, but make it slow."""
@@ -42,6 +47,7 @@ def cpu_attention(
     position table, whose shared buckets leave a gather less to multiply.
     """
     length = q.shape[2]
+    check_order(slots, pos_key, pos_query, k.shape[2])
     tables = [table for table in (pos_key, pos_query) if table is not None]
     if query_positions is not None or any(length > table.shape[1] + 1 for table in tables):
         return disentangled_attention(

@@ -52,14 +52,14 @@ def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 
 def _draw(seed: Tensor, shape: Sequence[int], dropped: int) -> Tensor:
     """Make a mask that is 0 with probability dropped / 2**16, else 1."""
+    if dropped == _LEVELS:
+        return torch.zeros(shape, dtype=torch.uint8)
     count = math.prod(shape)
     draws = torch.empty(2, (count + 7) // 8, dtype=torch.int64)
     generator = torch.Generator().manual_seed(int(seed.item()))
     drawn = draws[0].random_(-(2**63), None, generator=generator)
     torch.bitwise_xor(drawn >> 8, drawn << 56, out=draws[1])  # turned by a byte
     levels = draws.view(torch.int16).flatten()[:count].view(shape)  # -2**15 to 2**15 - 1
-    if dropped == _LEVELS:
-        return torch.zeros(shape, dtype=torch.uint8)
     keep = torch.empty(shape, dtype=torch.uint8)
     return torch.ge(levels, dropped - _LEVELS // 2, out=keep)
 

@@ -52,7 +52,11 @@ def disentangled_attention(
 
     Returns:
         [B, H, L, D]
+
+    Raises:
+        ValueError: no slots, and a position table that has not a row for each delta.
     """
+    check_order(slots, pos_key, pos_query, k.shape[2])
     q, k, v = (states.transpose(0, 1) for states in (q, k, v))  # [H, B, L or M, D]
     scores = at_least_fp32(q @ k.transpose(-1, -2))  # [H, B, L, M]
     if pos_key is not None or pos_query is not None:
@@ -69,6 +73,18 @@ def disentangled_attention(
     if dropout_p > 0.0:
         probs = dropout(probs, dropout_p)
     return ((probs @ v) * is_token).transpose(0, 1)
+
+
+def check_order(
+    slots: Tensor | None, pos_key: Tensor | None, pos_query: Tensor | None, num_keys: int
+) -> None:
+    """Raise ValueError where no slots are given and a table can not be in the order of delta."""
+    for table in (pos_key, pos_query):
+        if slots is None and table is not None and table.shape[1] != 2 * num_keys - 1:
+            raise ValueError(
+                "without slots a position table must have a row for each delta, "
+                f"{2 * num_keys - 1} for {num_keys} keys; got {table.shape[1]}. Give slots."
+            )
 
 
 def mask_scores(

@@ -32,6 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_deberta.kernels.reference import check_order
+
 HEAD_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
@@ -124,7 +126,11 @@ def disentangled_attention(
 
     Returns:
         [B, H, L, D]
+
+    Raises:
+        ValueError: no slots, and a position table that has not a row for each delta.
     """
+    check_order(slots, pos_key, pos_query, k.shape[2])
     states = [q, k, v, pos_key, pos_query]
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)

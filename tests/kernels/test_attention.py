@@ -290,6 +290,13 @@ def test_tables_in_the_order_of_delta_need_no_slots(attend, length: int, queries
     torch.testing.assert_close(unsaid, said, atol=1e-12, rtol=1e-12)
 
 
+@both
+def test_tables_of_another_size_need_slots(attend):
+    inputs = make_inputs(9, "p2c") | {"slots": None}
+    with pytest.raises(ValueError, match="a row for each delta, 17 for 9 keys; got 11"):
+        attend(**inputs)
+
+
 def test_rows_longer_than_the_table_equal_the_triple_loop():
     inputs = make_inputs(17, "both")
     inputs["pos_key"], inputs["pos_query"] = inputs["pos_key"][:, :5], inputs["pos_query"][:, :5]

@@ -229,6 +229,12 @@ def test_tables_in_the_order_of_delta_need_no_slots(queries: int | None):
     assert_same_bits(*said)
 
 
+def test_tables_of_another_size_need_slots():
+    inputs = make_inputs(Case(length=9)) | {"slots": None}
+    with pytest.raises(ValueError, match=f"a row for each delta, 17 for 9 keys; got {ROWS}"):
+        disentangled_attention(**inputs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1100, 2100])
 def test_long_rows_of_short_documents(length: int):
