@@ -24,7 +24,7 @@ from ds_deberta.kernels.table_gradient import TableGradient
 BLOCK = 64
 """Ids that share one sum. More need less memory for the sums, but a longer second look."""
 
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25, "meta": 2**25}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25, "meta": 2**25}
 """Logits that live at a time: on a CPU they stay in its cache, on a GPU they keep it busy. A plan
 for GPUs runs on meta."""
 
@@ -234,14 +234,14 @@ class _ChunkedHead:
 
     def exp(self, logits: Tensor, offsets: Tensor, temperature: float = 1.0) -> Tensor:
         """Exponentiate [C, N] logits less [N] offsets; the next call overwrites the result."""
-        exps = torch.sub(logits, offsets, out=self._exps[: len(logits)])
+        exps = self._exps[: len(logits)].copy_(logits).sub_(offsets)
         if temperature != 1.0:
             exps /= temperature
         return exps.exp_()
 
     def multiply(self, exps: Tensor, factors: Tensor) -> Tensor:
         """Multiply [C, N] exponentials with [N] factors; the next call overwrites the result."""
-        return torch.mul(exps, factors, out=self._exps[: len(exps)])
+        return self._exps[: len(exps)].copy_(exps).mul_(factors)
 
 
 def _chunks(width: int, num_tokens: int, vocab_size: int) -> list[_Chunk]:
