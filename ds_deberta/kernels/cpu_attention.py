@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_deberta.kernels.dropout import keep_mask
+from ds_deberta.kernels.dropout import keep, keep_mask
 from ds_deberta.kernels.reference import (
     at_least_fp32,
     check_order,
@@ -96,20 +96,18 @@ class _SelfAttention(torch.autograd.Function):
             )
         torch.add(penalty, scores, alpha=scale, out=scores)
         probs = scores.softmax(-1).to(v.dtype)  # [H, B, L, L]
-        keep, ctx.gain = keep_mask(probs.shape, dropout_p) if dropout_p > 0.0 else (None, 1.0)
-        ctx.save_for_backward(q, k, v, key_table, query_table, probs, keep)
+        mask, ctx.gain = keep_mask(probs.shape, dropout_p) if dropout_p > 0.0 else (None, 1.0)
+        ctx.save_for_backward(q, k, v, key_table, query_table, probs, mask)
         ctx.scale = scale
-        return (probs if keep is None else probs * keep.to(probs.dtype)) @ v.mul(ctx.gain)
+        return (probs if mask is None else keep(probs, mask)) @ v.mul(ctx.gain)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, key_table, query_table, probs, keep = ctx.saved_tensors
+        q, k, v, key_table, query_table, probs, mask = ctx.saved_tensors
         grad = grad.contiguous().mul(ctx.gain)
         kept, grad_probs = probs, grad @ v.transpose(-1, -2)  # [H, B, L, L]
-        if keep is not None:
-            keep = keep.to(probs.dtype)
-            kept = probs * keep
-            grad_probs.mul_(keep)
+        if mask is not None:
+            kept, grad_probs = keep(probs, mask), keep(grad_probs, mask)
         grad_v = kept.transpose(-1, -2) @ grad
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
         grad_scores.mul_(ctx.scale)

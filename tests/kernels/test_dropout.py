@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from ds_deberta.kernels import Dropout, dropout
+from ds_deberta.kernels.dropout import keep, keep_mask
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+draw = torch.ops.ds_deberta.dropout_mask.default
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
@@ -24,10 +28,9 @@ def test_elements_are_dropped_at_the_rate_and_the_mean_stays(p: float) -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.997])
 def test_elements_of_one_draw_are_independent(p: float) -> None:
     torch.manual_seed(0)
-    kept = dropout(torch.ones(2, 100_000, 4), p) != 0
-    draws = kept.double().transpose(0, 1).flatten(1)  # [100000, 8], a draw per row
+    draws = (dropout(torch.ones(100_000, 4), p) != 0).double()  # a draw of 64 bits per row
     correlations = torch.corrcoef(torch.cat([draws[:-1], draws[1:]], 1).T)
-    apart = correlations[~torch.eye(16, dtype=torch.bool)]
+    apart = correlations[~torch.eye(8, dtype=torch.bool)]
     assert apart.abs().max() < 5 / math.sqrt(100_000)
 
 
@@ -58,9 +61,32 @@ def test_it_draws_from_torchs_generator_and_only_in_training() -> None:
     assert layer.eval()(values) is values
 
 
-def test_the_operator_is_what_a_compiler_takes_it_for() -> None:
-    keep_mask = torch.ops.ds_deberta.keep_mask.default
-    torch.library.opcheck(keep_mask, (torch.tensor([7]), [3, 5], 6554))
-    masks = [keep_mask(torch.tensor([seed]), [3, 50], 6554) for seed in (7, 7, 8)]
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_mask_keeps_what_a_product_with_it_keeps(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 50).to(dtype)
+    mask, _ = keep_mask(values.shape, 0.4)
+    assert 0 < mask.sum() < mask.numel()
+    kept = keep(values, mask)
+    assert kept.dtype == dtype
+    assert torch.equal(kept, values * mask)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5, 7)])
+def test_any_shape_has_a_mask(shape: tuple[int, ...]) -> None:
+    assert keep_mask(torch.Size(shape), 0.1)[0].shape == shape
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_seed_gives_one_mask_in_every_dtype(dtype: torch.dtype) -> None:
+    whole = draw(torch.tensor([7]), [3, 50], 6554, 1.0, torch.int16)
+    mask = draw(torch.tensor([7]), [3, 50], 6554, 1.25, dtype)
+    assert mask.dtype == dtype
+    assert torch.equal(mask, whole * torch.tensor(1.25, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, *FLOATS])
+def test_the_operator_is_what_a_compiler_takes_it_for(dtype: torch.dtype) -> None:
+    torch.library.opcheck(draw, (torch.tensor([7]), [3, 5], 6554, 1.0, dtype))
+    masks = [draw(torch.tensor([seed]), [3, 50], 6554, 1.0, dtype) for seed in (7, 7, 8)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
