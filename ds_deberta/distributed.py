@@ -342,6 +342,19 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
         prctl(_PR_SET_PDEATHSIG, number)
 
 
+@contextlib.contextmanager
+def without_triton() -> Iterator[None]:
+    """Keep other packages from importing triton where its kernels can not run: 70 MiB."""
+    if torch.cuda.is_available() or "triton" in sys.modules:
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment] - "not installed", to an import
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
+
+
 def _keep_freed_memory() -> None:
     """Keep what a step frees for the next one, as torch does on a GPU.
 

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ds_deberta.builds import use_batons  # noqa: E402
-from ds_deberta.distributed import computes_in_bf16, world_size  # noqa: E402
+from ds_deberta.distributed import computes_in_bf16, without_triton, world_size  # noqa: E402
 from ds_deberta.leftovers import own_folder  # noqa: E402
 from ds_deberta.model import DebertaForMaskedLM  # noqa: E402
 from ds_deberta.model_state import ModelState  # noqa: E402
@@ -370,7 +369,7 @@ def initialize_engine(
             module.defer_table_gradient()
     if offload_device(ds_config, "optimizer") == "nvme":
         ds_config = _with_own_swap_folder(ds_config)
-    with _quiet(), _without_triton():
+    with _quiet(), without_triton():
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -395,19 +394,6 @@ def _quiet() -> Iterator[None]:
         contextlib.redirect_stderr(sink),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _without_triton() -> Iterator[None]:
-    """Keep DeepSpeed from importing triton where its kernels can not run: 70 MiB."""
-    if torch.cuda.is_available() or "triton" in sys.modules:
-        yield
-        return
-    sys.modules["triton"] = None  # type: ignore[assignment] - "not installed", to an import
-    try:
-        yield
-    finally:
-        del sys.modules["triton"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

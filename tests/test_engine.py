@@ -104,6 +104,23 @@ shutdown()
 """
 
 
+_COMPILED = """
+import sys
+from ds_deberta.model import DebertaConfig, DebertaModel
+config = DebertaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+DebertaModel(config).encoder.compile_layers()
+print(sorted({"torch._inductor", "triton"} & set(sys.modules)))
+"""
+
+
+def test_a_compiler_for_a_cpu_loads_no_triton():
+    if torch.cuda.is_available():
+        pytest.skip("CPU only")
+    command = [sys.executable, "-c", _COMPILED]
+    printed = subprocess.check_output(command, cwd=ROOT, env=clean_environment(), text=True)
+    assert printed == "['torch._inductor']\n"
+
+
 @pytest.mark.distributed
 def test_a_step_on_a_cpu_loads_no_compiler():
     """torch's optimizer and DeepSpeed would: 0.14 GiB in each process, and a second."""
