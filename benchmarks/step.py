@@ -1,15 +1,19 @@
 """Tokens per second of a whole training step.
 
-    python benchmarks/step.py [--rounds 7] [--only SHAPE] [--compile]
+    python benchmarks/step.py [--starts 3] [--rounds 3] [--only SHAPE] [--compile]
     python benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512 [--profile]
 
 The first, two small shapes against transformers: each side runs in a process of its own, as its
 users would run it, and they take turns of equal time, so that a noisy machine slows all of them
 alike; what is told is the median of a side's turns. A turn begins with a step that is not timed,
-for the others have taken the caches. Ours: two DeepSpeed engines (ds_configs/zero0_*.json),
-generator, sampling, discriminator, clipping and both updates, through `RTDObjective`. Theirs:
-DebertaV2ForMaskedLM and DebertaV2ForTokenClassification with independent embeddings, torch's AdamW
-and the same losses. Dropout is 0.1 on both sides.
+for the others have taken the caches. All are started several times, each time another one first:
+a virtual machine's memory is not equally fast everywhere (three processes of one program took 665,
+718 and 825 ms for a step, in every turn the first started the longest).
+
+Ours: two DeepSpeed engines (ds_configs/zero0_*.json), generator, sampling, discriminator, clipping
+and both updates, through `RTDObjective`. Theirs: DebertaV2ForMaskedLM and
+DebertaV2ForTokenClassification with independent embeddings, torch's AdamW and the same losses.
+Dropout is 0.1 on both sides.
 
 The second, ours alone, on the device at hand, with each attention asked for, and its time by part.
 
@@ -215,7 +219,6 @@ class Contender:
     """A process that runs steps when asked."""
 
     def __init__(self, shape: str, name: str) -> None:
-        self.seconds: list[float] = []
         self.peak_bytes = 0.0
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--serve", shape, name],
@@ -225,13 +228,13 @@ class Contender:
         )
         self._read()
 
-    def take_turn(self) -> None:
-        """Run steps for a turn; keep the mean seconds of one, and the peak memory."""
+    def take_turn(self) -> float:
+        """Run steps for a turn; return the mean seconds of one, and keep the peak memory."""
         assert self._process.stdin is not None
         print(file=self._process.stdin, flush=True)
         seconds, peak = self._read().split()
-        self.seconds.append(float(seconds))
         self.peak_bytes = float(peak)
+        return float(seconds)
 
     def close(self) -> None:
         """End the process."""
@@ -245,8 +248,8 @@ class Contender:
         return line
 
 
-def compare(shape: str, rounds: int, *, compiled: bool) -> None:
-    """Print one table row per contender."""
+def compare(shape: str, *, starts: int, rounds: int, compiled: bool) -> None:
+    """Print one table row per contender, of that many turns after each of that many starts."""
     config, rows, length = SHAPES[shape]
     kinds = {"fp32": torch.float32}
     if computes_in_bf16():
@@ -258,30 +261,32 @@ def compare(shape: str, rounds: int, *, compiled: bool) -> None:
         for name in CONTENDERS
         if any(kind in name for kind in kinds) and (compiled or "compiled" not in name)
     ]
-    contenders = {name: Contender(shape, name) for name in names}
-    for _ in range(rounds):
-        for kind, dtype in kinds.items():
-            peak[kind] = max(peak[kind], measure_peak_flops(torch.device("cpu"), dtype))
-        for contender in contenders.values():
-            contender.take_turn()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory = dict.fromkeys(names, 0.0)
+    for start in range(starts):
+        first = start * len(names) // starts
+        contenders = {name: Contender(shape, name) for name in names[first:] + names[:first]}
+        for _ in range(rounds):
+            for kind, dtype in kinds.items():
+                peak[kind] = max(peak[kind], measure_peak_flops(torch.device("cpu"), dtype))
+            for name, contender in contenders.items():
+                seconds[name].append(contender.take_turn())
+        for name, contender in contenders.items():
+            memory[name] = max(memory[name], contender.peak_bytes)
+            contender.close()
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {kind}" for kind, rate in peak.items())
     only_imitated = "" if "bf16" in kinds else "; this CPU only imitates bf16, which is left out"
     print(f"\n{shape}: {rates}{only_imitated}\n")
     theirs = [name for name in THEIRS if name in names]
     print(f"| | tokens/s | ratio to {' | to '.join(theirs)} | share of the GEMM rate | memory |")
     print(f"|-|-|{'-|' * len(theirs)}-|-|")
-    base = contenders["transformers fp32"]
-    for name, contender in contenders.items():
-        contender.close()
-        median = statistics.median(contender.seconds)
-        ratios = [statistics.median(contenders[other].seconds) / median for other in theirs]
-        kind = "bf16" if "bf16" in name else "fp32"
-        memory = contender.peak_bytes / base.peak_bytes
+    medians = {name: statistics.median(turns) for name, turns in seconds.items()}
+    for name, median in medians.items():
+        ratios = " | ".join(f"{medians[other] / median:.2f}" for other in theirs)
+        rate = peak["bf16" if "bf16" in name else "fp32"]
         print(
-            f"| {name} | {rows * length / median:,.0f} | "
-            f"{' | '.join(f'{ratio:.2f}' for ratio in ratios)} | "
-            f"{flops / median / peak[kind]:.0%} | {contender.peak_bytes / 2**30:.2f} GiB "
-            f"({memory:.0%}) |"
+            f"| {name} | {rows * length / median:,.0f} | {ratios} | {flops / median / rate:.0%} | "
+            f"{memory[name] / 2**30:.2f} GiB ({memory[name] / memory['transformers fp32']:.0%}) |"
         )
 
 
@@ -415,7 +420,8 @@ def mlm_forward_flops(config: DebertaConfig, length: int) -> float:
 def main() -> None:
     """Measure every shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--starts", type=int, default=3, help="processes of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each process")
     parser.add_argument("--only", choices=SHAPES, help="one shape")
     parser.add_argument("--preset", choices=MODELS, help="measure this model alone")
     parser.add_argument("--objective", choices=("rtd", "mlm"), default="rtd")
@@ -439,7 +445,7 @@ def main() -> None:
         measure_preset(args)
         return
     for shape in [args.only] if args.only else SHAPES:
-        compare(shape, args.rounds, compiled=args.compile)
+        compare(shape, starts=args.starts, rounds=args.rounds, compiled=args.compile)
 
 
 if __name__ == "__main__":
