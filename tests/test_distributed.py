@@ -1,5 +1,7 @@
 import platform
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from ds_deberta import distributed
 from ds_deberta.distributed import Place, computes_in_bf16, find_place, initialize
 from ds_deberta.kernels.dropout import dropout
+from tests.launch import ROOT, clean_environment
 
 MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "123"}
 SLURM = {
@@ -114,6 +117,24 @@ def test_a_busy_port_is_named(listen):
         message = f"{place.master_port} is in use there.*--master_port"
         with pytest.raises(ValueError, match=message), distributed._told_of_a_busy_port(place):
             listen(place)
+
+
+_FADED = """
+import torch
+from ds_deberta.distributed import initialize, shutdown
+
+initialize(seed=0)
+torch.set_num_threads(2)
+faded = torch.full((2**20,), 1e-38) * 0.1  # enough for both threads
+print(int(faded.count_nonzero()))
+shutdown()
+"""
+
+
+def test_numbers_too_small_for_a_fast_product_become_zero_on_all_threads():
+    command = [sys.executable, "-c", _FADED]
+    printed = subprocess.check_output(command, cwd=ROOT, env=clean_environment(), text=True)
+    assert printed.split() == ["0"]
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank(monkeypatch):
