@@ -7,8 +7,8 @@ The first, two small shapes against transformers: each side runs in a process of
 users would run it, and they take turns of equal time, so that a noisy machine slows all of them
 alike; what is told is the median of a side's turns. A turn begins with a step that is not timed,
 for the others have taken the caches. All are started several times, each time another one first:
-a virtual machine's memory is not equally fast everywhere (three processes of one program took 665,
-718 and 825 ms for a step, in every turn the first started the longest).
+a virtual machine's memory is not equally fast everywhere (medians of five turns of three processes
+of one program, the last started first: 665, 718 and 825 ms for a step).
 
 Ours: two DeepSpeed engines (ds_configs/zero0_*.json), generator, sampling, discriminator, clipping
 and both updates, through `RTDObjective`. Theirs: DebertaV2ForMaskedLM and

@@ -179,7 +179,7 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     seed_everything(seed)
     # Before torch starts the threads that are to inherit it. The moments of a word that is not read
-    # halve every 7 steps, end as denormals, and make AdamW 10 times as slow on a CPU.
+    # halve every 7 steps, end as denormals, and make AdamW 10 times as slow (on a Xeon).
     torch.set_flush_denormal(True)
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)
