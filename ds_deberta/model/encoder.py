@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_deberta.distributed import without_triton
 from ds_deberta.kernels import AttentionFn, Dropout, disentangled_attention
 from ds_deberta.model.attention import DisentangledSelfAttention
+from ds_deberta.model.compiler import compile_layer
 from ds_deberta.model.config import ACTIVATIONS, DebertaConfig
 from ds_deberta.model.documents import document_starts, is_token
 from ds_deberta.model.relative import slot, slot_table
@@ -206,9 +206,8 @@ class Encoder(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile each layer at its first call; those of one shape share the result."""
-        with without_triton():  # the compiler looks for it here, once
-            for layer in self.layer:
-                layer.compile(dynamic=False)  # a training has one shape: symbols cost minutes
+        for layer in self.layer:
+            compile_layer(layer)
 
     def _checkpointed(self, layer: nn.Module) -> Callable[..., Tensor]:
         """Return the layer, with activations made again in the backward pass where asked for."""
