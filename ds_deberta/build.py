@@ -1,5 +1,7 @@
 """Puts a run together: knows every part, does nothing per step."""
 
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,6 +117,12 @@ def settle(
         raise ValueError(
             "--compile does not go with ZeRO 3, whose weights are not there yet when a layer is "
             "compiled. Leave it out, or use a configuration up to ZeRO 2 (ds_configs/zero2_*.json)."
+        )
+    cxx = os.environ.get("CXX", "g++")
+    if run.model.compile and device.type == "cpu" and shutil.which(cxx) is None:
+        raise ValueError(
+            f"--compile needs a C++ compiler on a CPU; got none by the name of {cxx}. Install it "
+            "(apt-get install g++), name another one in CXX, or leave --compile out."
         )
     attend, reason = select_attention(
         run.model.attention,

@@ -33,6 +33,15 @@ def test_compiling_is_refused_with_zero_3(data_dir, tokenizer):
         build_objective(run, tokenizer, torch.device("cpu"))
 
 
+def test_compiling_is_refused_on_a_cpu_without_a_compiler(data_dir, tokenizer, monkeypatch):
+    run = run_of("bert-base", data_dir)
+    run = replace(run, model=replace(run.model, compile=True))
+    monkeypatch.setenv("CXX", "no-such-g++")
+    message = r"--compile needs a C\+\+ compiler on a CPU; got none by the name of no-such-g\+\+"
+    with pytest.raises(ValueError, match=message):
+        build_objective(run, tokenizer, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("model", "data"),
     [("xlarge-v2", "data_dir"), ("bert-base", "packed_data_dir")],
