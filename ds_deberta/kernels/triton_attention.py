@@ -10,19 +10,22 @@ same bits.
 
 Read from the top: the function, the two registered operators, the launches, the kernels.
 
-    forward     position_scores (c2p and p2c) -> keep_bits -> attend
-    backward    the same scores again -> score_gradients (dv, and the scores' own gradient twice:
-                as it is and transposed) -> state_gradients (dq, dk) -> table_gradients
+    forward     fill_scratch (c2p, p2c, the words of the dropout) -> attend
+    backward    fill_scratch -> score_gradients (dv, and the scores' own gradient twice: as it is
+                and transposed, where c2p and p2c were) -> state_gradients (dq, dk)
+                -> table_gradients
 
-Scores and their gradients are scratch for a chunk of (sample, head) pairs, small enough to stay
-in the L2 cache, and used again by the next chunk. From forward to backward only the inputs, the
-output and one number for each row are kept.
+All this runs for a chunk of (sample, head) pairs at a time, whose scratch is small enough to stay
+in the L2 cache, and is used again by the next chunk. From forward to backward only the inputs, the
+output and one number for each row are kept. A chunk keeps a GPU busy for some microseconds a
+kernel: so a kernel does all the work that is ready, and a launch costs the host little.
 
 Shapes: B batch, L queries, M keys, H heads, D head size, R rows of a position table, U = 2M - 1
 deltas, N pairs of a chunk, C columns of a row of scratch, S shares of the batch. Inside, heads
 come after rows, [B, L, H, D]: so the projections around attention make them, without a copy.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,7 +43,7 @@ LOG2_E = 1.4426950408889634
 WORKSPACE_BYTES = 48 * 2**20
 """Scratch of one chunk: as much as the L2 cache of a large GPU holds."""
 KEEP_BLOCK = 1024
-"""Words of the dropout that one program draws."""
+"""Words of the dropout that one program of `fill_scratch_kernel` draws."""
 TABLE_PROGRAMS = 128
 """Programs that share the gradient of one head's position table, by delta and by sample."""
 
@@ -57,7 +60,7 @@ class Tile(NamedTuple):
 class Tiles(NamedTuple):
     """The blocks of all kernels."""
 
-    position_scores: Tile  # rows x deltas
+    fill_scratch: Tile  # rows x deltas
     attend: Tile  # queries x keys
     score_gradients: Tile  # keys x queries
     state_gradients: Tile  # rows x columns
@@ -65,14 +68,14 @@ class Tiles(NamedTuple):
 
 
 _SMALL_HEADS = Tiles(
-    position_scores=Tile(128, 64, 8, 3),
+    fill_scratch=Tile(128, 64, 8, 3),
     attend=Tile(128, 64, 8, 3),
     score_gradients=Tile(128, 64, 8, 2),
     state_gradients=Tile(128, 64, 8, 3),
     table_gradients=Tile(64, 64, 4, 3),
 )
 _LARGE_HEADS = Tiles(
-    position_scores=Tile(128, 64, 8, 2),
+    fill_scratch=Tile(128, 64, 8, 2),
     attend=Tile(64, 64, 8, 2),
     score_gradients=Tile(128, 32, 8, 1),
     state_gradients=Tile(128, 64, 8, 2),
@@ -81,7 +84,7 @@ _LARGE_HEADS = Tiles(
 _EXACT = Tiles(*[Tile(32, 32, 4, 1)] * 5)._replace(score_gradients=Tile(32, 32, 8, 1))
 TILES = {
     # (head size, bytes of a number); tests compile the 16-bit ones for sm_80 and sm_90: no spills
-    (32, 2): _SMALL_HEADS,
+    (32, 2): _SMALL_HEADS._replace(state_gradients=Tile(128, 32, 8, 3)),
     (64, 2): _SMALL_HEADS,
     (128, 2): _LARGE_HEADS,
     (32, 4): _EXACT,
@@ -236,225 +239,251 @@ class _Options(NamedTuple):
     tiles: Tiles
 
 
-class _Side(NamedTuple):
-    """Queries or keys. Along them the other side is laid out by position."""
-
-    states: Tensor  # [B, L, H, D]
-    table: Tensor | None  # [U, H, D], their partner in the position scores, in the order of delta
-    documents: Tensor  # [B, L]
-    spans: Tensor  # [B, 2, L], first and last position of the document
-    positions: Tensor | None  # [B, L]; None: row i sits at position i
-    sign: int  # of delta, where it is counted from these rows
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Call:
     """The arguments of an operator as the kernels want them."""
 
-    queries: _Side
-    keys: _Side
+    q: Tensor  # [B, L, H, D]
+    k: Tensor  # [B, M, H, D]
     v: Tensor  # [B, M, H, D]
+    key_table: Tensor | None  # [U, H, D], pos_key in the order of delta
+    query_table: Tensor | None  # [U, H, D], pos_query in the order of delta
     slots: Tensor | None  # [U]
     num_slots: int
+    query_documents: Tensor  # [B, L]
+    documents: Tensor  # [B, M]
+    query_spans: Tensor  # [B, 2, L], first and last position of the document
+    spans: Tensor  # [B, 2, M]
+    positions: Tensor | None  # [B, L]; None: query i sits at position i
     seed: Tensor | None
 
     @classmethod
     def of(cls, q, k, v, pos_key, pos_query, slots, documents, query_positions, seed) -> "_Call":
         keys = k.shape[2]
-        num_slots = 0
         if slots is not None:
             middle = slots.shape[0] // 2
             slots = slots[middle - keys + 1 : middle + keys]
-            num_slots = (pos_query if pos_key is None else pos_key).shape[1]
         documents = documents.to(torch.int32).contiguous()
         spans = _document_spans(documents)
-        queries = (documents, spans, None)
+        query_documents, query_spans, positions = documents, spans, None
         if query_positions is not None:
-            queries = (
-                documents.gather(1, query_positions),
-                spans.gather(2, query_positions[:, None].expand(-1, 2, -1)),
-                query_positions.to(torch.int32).contiguous(),
-            )
+            query_documents = documents.gather(1, query_positions)
+            query_spans = spans.gather(2, query_positions[:, None].expand(-1, 2, -1))
+            positions = query_positions.to(torch.int32).contiguous()
         return cls(
-            queries=_Side(_heads_last(q), _by_delta(pos_key, slots), *queries, sign=1),
-            keys=_Side(
-                _heads_last(k), _by_delta(pos_query, slots), documents, spans, None, sign=-1
-            ),
+            q=_heads_last(q),
+            k=_heads_last(k),
             v=_heads_last(v),
+            key_table=_by_delta(pos_key, slots),
+            query_table=_by_delta(pos_query, slots),
             slots=slots,
-            num_slots=num_slots,
+            num_slots=next((x.shape[1] for x in (pos_key, pos_query) if x is not None), 0),
+            query_documents=query_documents,
+            documents=documents,
+            query_spans=query_spans,
+            spans=spans,
+            positions=positions,
             seed=seed,
         )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the columns of the transposed gradients are not yet positions, but must be."""
+        return self.positions is not None and self.query_table is not None
 
 
 class _Chunk(NamedTuple):
     """A block of pairs of sample and head; its scratch is [heads * batch, ...]."""
 
     first_sample: int
-    batch: int
     first_head: int
+    batch: int
     heads: int
 
 
+class _Scratch(NamedTuple):
+    """What the kernels of a chunk hand on; the next chunk takes its place."""
+
+    c2p: Tensor | None = None  # [N, L, C]
+    p2c: Tensor | None = None  # [N, M, C], transposed; columns are positions of queries
+    keep: Tensor | None = None  # [N, L, W], the dropout: a bit for each key
+    ds: Tensor | None = None  # [N, L, C], gradient of the scores; where c2p was
+    ds_t: Tensor | None = None  # [N, M, columns of queries], transposed; where p2c was
+    skewed: Tensor | None = None  # [N, M, C], ds_t, but columns are positions
+
+
 def _forward(call: _Call, options: _Options) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = call.queries.states.shape
-    out = _fresh(call.queries.states.shape, call.v)
+    batch, length, heads, _ = call.q.shape
+    num_keys = call.k.shape[1]
+    out = _fresh(call.q.shape, call.v)
     lse = _fresh((batch, heads, length), call.v, torch.float32)
-    for chunk in _chunks(batch, heads, options.workspace_bytes, _score_bytes(call)):
-        _attend(call, options, chunk, out, lse)
-    return out.transpose(1, 2), lse
-
-
-def _attend(call: _Call, options: _Options, chunk: _Chunk, out: Tensor, lse: Tensor) -> None:
-    """Write the output of a chunk. Its scratch dies here, and the next chunk takes its place."""
-    queries, keys = call.queries, call.keys
-    length, num_keys = queries.states.shape[1], keys.states.shape[1]
-    _launch(
-        attend_kernel,
-        options.tiles.attend,
-        chunk,
-        queries.states,
-        *(keys.states, call.v, *_scores(call, options, chunk)),
-        *(queries.documents, keys.documents, queries.spans, queries.positions),
+    chunks, scratch = _cut(call, options.workspace_bytes, has_backward=False)
+    fill_scratch = _fill_scratch(call, options, scratch)
+    tile = options.tiles.attend
+    attend = _Launcher(
+        *(attend_kernel, tile, call.q.shape, _ceil_div(length, tile.rows)),
+        *(call.q, call.k, call.v, scratch.c2p, scratch.p2c, scratch.keep),
+        *(call.query_documents, call.documents, call.query_spans, call.positions),
         *(out, lse, length, num_keys, _pitch(num_keys)),
         *(options.scale * LOG2_E, _keep_scale(options.dropout_p)),
     )
-
-
-class _Gradients(NamedTuple):
-    """What the chunks of a backward pass read and write together."""
-
-    grad_out: Tensor  # [B, L, H, D]
-    lse: Tensor  # [B, H, L]
-    dots: Tensor  # [B, H, L], out . grad_out
-    key_spans: Tensor  # [B, 2, M], first and last query that may attend to a key
-    reach: Tensor  # [B], the largest delta in a document
-    dq: Tensor  # [B, L, H, D]
-    dk: Tensor  # [B, M, H, D]
-    dv: Tensor  # [B, M, H, D]
-    key_sums: Tensor | None  # [S, U, H, D], gradient of the table of the queries
-    query_sums: Tensor | None  # [S, U, H, D], gradient of the table of the keys
+    for chunk in chunks:
+        fill_scratch(chunk)
+        attend(chunk)
+    return out.transpose(1, 2), lse
 
 
 def _backward(
     call: _Call, options: _Options, out: Tensor, lse: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    queries, keys = call.queries, call.keys
-    batch, length, heads, _ = queries.states.shape
-    num_keys = keys.states.shape[1]
+    shape = batch, length, heads, _ = call.q.shape
+    num_keys = call.k.shape[1]
+    pitch, query_pitch = _pitch(num_keys), _pitch(length)
+    dq, dk, dv = (_fresh(x.shape, x) for x in (call.q, call.k, call.v))
+    sums = _table_sums(call, options.tiles)
     dots = _fresh(lse.shape, lse)
-    everything = _Chunk(0, batch, 0, heads)
-    _launch(row_dots_kernel, Tile(32, 32, 4, 1), everything, out, grad_out, dots, length)
-    grads = _Gradients(
-        grad_out,
-        lse,
-        dots,
-        _key_spans(queries.spans, num_keys),
-        (keys.spans[:, 1] - keys.spans[:, 0]).amax(1),
-        *(_fresh(x.shape, x) for x in (queries.states, keys.states, call.v)),
-        *(_table_sums(side, num_keys, options.tiles) for side in (queries, keys)),
+    small = Tile(32, 32, 4, 1)
+    row_dots = _Launcher(
+        *(row_dots_kernel, small, shape, _ceil_div(length, small.rows)),
+        *(out, grad_out, dots, length),
     )
-    numbers = length * _pitch(num_keys) + num_keys * _pitch(length)
-    if _is_spread(call):
-        numbers += num_keys * _pitch(num_keys)
-    pair_bytes = _score_bytes(call) + numbers * call.v.element_size()
-    for chunk in _chunks(batch, heads, options.workspace_bytes, pair_bytes):
-        _add_gradients(call, options, chunk, grads)
-    return (
-        *(x.transpose(1, 2) for x in (grads.dq, grads.dk, grads.dv)),
-        _sum_by_slot(grads.key_sums, call, options.scale),
-        _sum_by_slot(grads.query_sums, call, options.scale),
-    )
-
-
-def _add_gradients(call: _Call, options: _Options, chunk: _Chunk, grads: _Gradients) -> None:
-    """Write dq, dk and dv of a chunk, and add to the sums of the tables."""
-    queries, keys = call.queries, call.keys
-    length, num_keys = queries.states.shape[1], keys.states.shape[1]
-    pairs = (chunk.heads, chunk.batch)
-    ds = _fresh((*pairs, length, _pitch(num_keys)), call.v)
-    ds_t = _fresh((*pairs, num_keys, _pitch(length)), call.v)
-    if _is_spread(call):
-        ds_t.zero_()
-    _launch(
-        score_gradients_kernel,
-        options.tiles.score_gradients,
-        chunk,
-        keys.states,
-        *(queries.states, call.v, *_scores(call, options, chunk)),
-        *(queries.documents, keys.documents, grads.key_spans, queries.positions),
-        *(grads.lse, grads.dots, grads.grad_out, grads.dv, ds, ds_t),
-        *(length, num_keys, _pitch(num_keys), _pitch(length)),
+    row_dots(_Chunk(0, 0, batch, heads))
+    key_spans = _key_spans(call.query_spans, num_keys)
+    chunks, scratch = _cut(call, options.workspace_bytes, has_backward=True)
+    fill_scratch = _fill_scratch(call, options, scratch)
+    tile = options.tiles.score_gradients
+    score_gradients = _Launcher(
+        *(score_gradients_kernel, tile, shape, _ceil_div(num_keys, tile.rows)),
+        *(call.q, call.k, call.v, scratch.c2p, scratch.p2c, scratch.keep),
+        *(call.query_documents, call.documents, key_spans, call.positions),
+        *(lse, dots, grad_out, dv, scratch.ds, scratch.ds_t),
+        *(length, num_keys, pitch, query_pitch),
         *(options.scale * LOG2_E, _keep_scale(options.dropout_p)),
     )
-    skewed = _add_by_position(ds_t, queries, chunk, _pitch(num_keys)) if _is_spread(call) else ds_t
-    for side, other, scores, spans, aligned, output, sums in (
-        (queries, keys, ds, queries.spans, ds, grads.dq, grads.key_sums),
-        (keys, queries, ds_t, grads.key_spans, skewed, grads.dk, grads.query_sums),
-    ):
-        rows = side.states.shape[1]
-        _launch(
-            state_gradients_kernel,
-            options.tiles.state_gradients,
-            chunk,
-            output,
-            *(other.states, side.table, scores, spans, aligned, side.spans, side.positions),
-            *(rows, other.states.shape[1], num_keys, scores.shape[-1], aligned.shape[-1]),
-            options.scale,
-            SIGN=side.sign,
-        )
-        if sums is not None:
-            _launch(
-                table_gradients_kernel,
-                options.tiles.table_gradients,
-                chunk,
-                side.states,
-                *(aligned, side.spans, side.positions, grads.reach, sums),
-                *(rows, num_keys, aligned.shape[-1], chunk.batch),
-                grid=(_delta_blocks(num_keys, options.tiles), sums.shape[0], chunk.heads),
-                SIGN=side.sign,
-            )
+    tile = options.tiles.state_gradients
+    blocks = _ceil_div(length, tile.rows) + _ceil_div(num_keys, tile.rows)
+    state_gradients = _Launcher(
+        *(state_gradients_kernel, tile, shape, blocks),
+        *(call.q, call.k, call.key_table, call.query_table),
+        *(scratch.ds, scratch.ds_t, scratch.skewed),
+        *(call.query_spans, call.spans, key_spans, call.positions),
+        *(dq, dk, length, num_keys, pitch, query_pitch, options.scale),
+    )
+    tile = options.tiles.table_gradients
+    tables = _tables(call)
+    table_gradients = _Launcher(
+        *(table_gradients_kernel, tile, shape, len(tables) * _delta_blocks(num_keys, tile)),
+        *(call.q, call.k, call.key_table, call.query_table, scratch.ds, scratch.skewed),
+        *(call.query_spans, call.spans, call.positions, _reach_of(call.spans), sums),
+        *(length, num_keys, pitch),
+        shares=sums.shape[0],
+        TABLES=len(tables),
+    )
+    for chunk in chunks:
+        fill_scratch(chunk)
+        if call.is_spread:
+            scratch.ds_t.zero_()
+        score_gradients(chunk)
+        if call.is_spread:
+            _add_by_position(scratch, call.positions, chunk)
+        state_gradients(chunk)
+        table_gradients(chunk)
+    return *(x.transpose(1, 2) for x in (dq, dk, dv)), *_sum_by_slot(sums, call, options.scale)
 
 
-def _is_spread(call: _Call) -> bool:
-    """Whether the columns of the transposed gradients are not yet positions, but must be."""
-    return call.queries.positions is not None and call.keys.table is not None
+def _fill_scratch(call: _Call, options: _Options, scratch: _Scratch) -> "_Launcher":
+    length, num_keys = call.q.shape[1], call.k.shape[1]
+    tile = options.tiles.fill_scratch
+    rows = [x.shape[1] for x in (scratch.c2p, scratch.p2c) if x is not None]
+    blocks = sum(_ceil_div(count, tile.rows) for count in rows)
+    if scratch.keep is not None:
+        blocks += _ceil_div(scratch.keep[0].numel(), KEEP_BLOCK)
+    return _Launcher(
+        *(fill_scratch_kernel, tile, call.q.shape, blocks),
+        *(call.q, call.k, call.key_table, call.query_table),
+        *(call.query_spans, call.spans, call.positions, call.seed),
+        *(scratch.c2p, scratch.p2c, scratch.keep),
+        *(length, num_keys, _pitch(num_keys), _words(num_keys)),
+        _dropped_of_65536(options.dropout_p),
+        BLOCK=KEEP_BLOCK,
+    )
 
 
-def _scores(
-    call: _Call, options: _Options, chunk: _Chunk
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return c2p [N, L, C], transposed p2c [N, M, C] and the words of the dropout [N, L, W]."""
-    num_keys = call.keys.states.shape[1]
-    position_scores = []
-    for side in (call.queries, call.keys):
-        if side.table is None:
-            position_scores.append(None)
-            continue
-        rows = side.states.shape[1]
-        scores = _fresh((chunk.heads * chunk.batch, rows, _pitch(num_keys)), side.states)
-        _launch(
-            position_scores_kernel,
-            options.tiles.position_scores,
-            chunk,
-            side.states,
-            *(side.table, side.spans, side.positions, scores, rows, num_keys, _pitch(num_keys)),
-            SIGN=side.sign,
-        )
-        position_scores.append(scores)
-    keep = None
+class _Launcher:
+    """A kernel with those of its arguments that all chunks share.
+
+    Triton reads every argument of a launch to find what it compiled for them, which takes longer
+    than the launch. Chunks differ in nothing that it compiles for, so it does that for the first.
+
+    Args:
+        kernel: of which the last arguments are first_sample, first_head, batch, H, D, ROWS, COLUMNS
+            and the flags.
+        tile: its block.
+        shape: [B, L, H, D].
+        blocks: programs of a sample and head; 0: there is nothing to do.
+        args: what comes before first_sample.
+        shares: of the batch; None: a program for each sample.
+        flags: what else is compiled in.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        tile: Tile,
+        shape: Sequence[int],
+        blocks: int,
+        *args: Any,
+        shares: int | None = None,
+        **flags: int,
+    ) -> None:
+        self._kernel = kernel
+        self._options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        self._blocks = blocks
+        self._args = args
+        self._shares = shares
+        self._constants = (*shape[2:], tile.rows, tile.columns, *flags.values())
+        self._compiled = None
+
+    def __call__(self, chunk: _Chunk) -> None:
+        """Launch it for a chunk."""
+        if not self._blocks:
+            return
+        grid = (self._blocks, self._shares or chunk.batch, chunk.heads)
+        args = (*self._args, chunk.first_sample, chunk.first_head, chunk.batch, *self._constants)
+        if self._compiled is None:  # and so it stays in Triton's interpreter
+            self._compiled = self._kernel[grid](*args, **self._options)
+        else:
+            self._compiled[grid](*args)
+
+
+def _cut(call: _Call, workspace_bytes: int, *, has_backward: bool) -> tuple[list[_Chunk], _Scratch]:
+    """Cut the pairs into chunks, and make the scratch of the largest one."""
+    batch, length, heads, _ = call.q.shape
+    num_keys = call.k.shape[1]
+    by_query, by_key = (length, _pitch(num_keys)), (num_keys, _pitch(num_keys))
+    shapes = {}
+    if call.key_table is not None:
+        shapes["c2p"] = by_query
+    if call.query_table is not None:
+        shapes["p2c"] = by_key
     if call.seed is not None:
-        _, length, heads, _ = call.queries.states.shape
-        keep = _keep_words(call.seed, options.dropout_p, chunk, heads, length, num_keys)
-    return *position_scores, keep
-
-
-def _score_bytes(call: _Call) -> int:
-    """Scratch that `_scores` fills for one pair."""
-    num_keys = call.keys.states.shape[1]
-    rows = sum(x.states.shape[1] for x in (call.queries, call.keys) if x.table is not None)
-    words = call.queries.states.shape[1] * triton.cdiv(num_keys, 32) * (call.seed is not None)
-    return rows * _pitch(num_keys) * call.v.element_size() + 4 * words
+        shapes["keep"] = (length, _words(num_keys))
+    if has_backward and call.key_table is None:
+        shapes["ds"] = by_query
+    if has_backward and (call.query_table is None or call.positions is not None):
+        shapes["ds_t"] = (num_keys, _pitch(length))
+    if has_backward and call.is_spread:
+        shapes["skewed"] = by_key
+    dtypes = dict.fromkeys(shapes, call.v.dtype) | {"keep": torch.int32}
+    sizes = [math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()]
+    chunks = list(_chunks(batch, heads, workspace_bytes, sum(sizes)))
+    pairs = max(chunk.batch * chunk.heads for chunk in chunks)
+    memory = {name: _fresh((pairs, *size), call.v, dtypes[name]) for name, size in shapes.items()}
+    if has_backward:
+        memory.setdefault("ds", memory.get("c2p"))
+        memory.setdefault("ds_t", memory.get("p2c"))
+        memory.setdefault("skewed", memory["ds_t"])
+    return chunks, _Scratch(**memory)
 
 
 def _chunks(batch: int, heads: int, workspace_bytes: int, pair_bytes: int) -> Iterator[_Chunk]:
@@ -465,38 +494,12 @@ def _chunks(batch: int, heads: int, workspace_bytes: int, pair_bytes: int) -> It
     for head in range(0, heads, each_heads):
         for sample in range(0, batch, each_batch):
             yield _Chunk(
-                sample, min(each_batch, batch - sample), head, min(each_heads, heads - head)
+                sample, head, min(each_batch, batch - sample), min(each_heads, heads - head)
             )
 
 
 def _even_share(total: int, limit: int) -> int:
-    return triton.cdiv(total, triton.cdiv(total, max(1, limit)))
-
-
-def _launch(
-    kernel: Any,
-    tile: Tile,
-    chunk: _Chunk,
-    states: Tensor,
-    *args: Any,
-    grid: tuple[int, int, int] | None = None,
-    **flags: int,
-) -> None:
-    """Run a kernel: one program for each block of rows of `states` [B, L, H, D], for each pair."""
-    _, length, heads, size = states.shape
-    kernel[grid or (triton.cdiv(length, tile.rows), chunk.batch, chunk.heads)](
-        states,
-        *args,
-        chunk.first_sample,
-        chunk.first_head,
-        H=heads,
-        D=size,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **flags,
-    )
+    return _ceil_div(total, _ceil_div(total, max(1, limit)))
 
 
 def _tiles(q: Tensor, numbers: Sequence[int]) -> Tiles:
@@ -518,68 +521,78 @@ def _by_delta(table: Tensor | None, slots: Tensor | None) -> Tensor | None:
     return table.contiguous() if slots is None else table[slots]
 
 
-def _table_sums(side: _Side, num_keys: int, tiles: Tiles) -> Tensor | None:
-    """Zeros [S, U, H, D], for the gradient of a table in shares of the batch."""
-    if side.table is None:
-        return None
-    shares = max(1, TABLE_PROGRAMS // _delta_blocks(num_keys, tiles))
-    shape = (min(len(side.states), shares), *side.table.shape)
-    return torch.zeros(shape, dtype=torch.float32, device=side.table.device)
+def _tables(call: _Call) -> list[Tensor]:
+    return [x for x in (call.key_table, call.query_table) if x is not None]
 
 
-def _delta_blocks(num_keys: int, tiles: Tiles) -> int:
-    return triton.cdiv(2 * num_keys - 1, tiles.table_gradients.columns)
+def _table_sums(call: _Call, tiles: Tiles) -> Tensor:
+    """Zeros [S, U, T, H, D], for the gradients of T position tables in shares of the batch."""
+    batch, _, heads, size = call.q.shape
+    num_keys = call.k.shape[1]
+    shares = max(1, TABLE_PROGRAMS // _delta_blocks(num_keys, tiles.table_gradients))
+    shape = (min(batch, shares), 2 * num_keys - 1, len(_tables(call)), heads, size)
+    return torch.zeros(shape, dtype=torch.float32, device=call.q.device)
 
 
-def _sum_by_slot(sums: Tensor | None, call: _Call, scale: float) -> Tensor:
-    """[S, U, H, D] -> [H, R, D], the gradient of a table; nothing for no table."""
-    if sums is None:
-        return call.v.new_empty(0)
-    by_delta = sums.sum(0).mul_(scale)  # [U, H, D]
-    if call.slots is None:
-        return by_delta.transpose(0, 1).to(call.v.dtype)
-    # The backward of an embedding sums the deltas of a slot fast and in a fixed order.
-    by_slot = torch.ops.aten.embedding_dense_backward(
-        by_delta.flatten(1), call.slots, call.num_slots, -1, False
-    )  # [R, H*D]
-    return by_slot.view(-1, *sums.shape[2:]).transpose(0, 1).to(call.v.dtype)
+def _delta_blocks(num_keys: int, tile: Tile) -> int:
+    return _ceil_div(2 * num_keys - 1, tile.columns)
 
 
-def _add_by_position(ds_t: Tensor, queries: _Side, chunk: _Chunk, pitch: int) -> Tensor:
-    """[heads, batch, M, queries] -> [heads, batch, M, positions], adding queries of one place."""
-    samples = slice(chunk.first_sample, chunk.first_sample + chunk.batch)
-    positions = torch.arange(pitch, device=ds_t.device)
-    one_hot = (queries.positions[samples, :, None] == positions).to(ds_t.dtype)  # [batch, L, C]
-    return ds_t[..., : one_hot.shape[1]] @ one_hot
+def _reach_of(spans: Tensor) -> Tensor:
+    """[B, 2, M] -> [B], the largest delta in a document of each sample."""
+    return (spans[:, 1] - spans[:, 0]).amax(1)
 
 
-def _keep_words(
-    seed: Tensor, dropout_p: float, chunk: _Chunk, heads: int, length: int, num_keys: int
-) -> Tensor:
-    """Draw the dropout of a chunk: int32 [heads, batch, L, W], a bit for each key."""
-    words = triton.cdiv(num_keys, 32)
-    keep = _fresh((chunk.heads, chunk.batch, length, words), seed, torch.int32)
-    keep_words_kernel[(triton.cdiv(length * words, KEEP_BLOCK), chunk.batch, chunk.heads)](
-        seed,
-        keep,
-        length,
-        words,
-        _dropped_of_65536(dropout_p),
-        chunk.first_sample,
-        chunk.first_head,
-        H=heads,
-        BLOCK=KEEP_BLOCK,
-        num_warps=8,
+def _sum_by_slot(sums: Tensor, call: _Call, scale: float) -> list[Tensor]:
+    """[S, U, T, H, D] -> the gradients of both tables, [H, R, D]; an empty one for None."""
+    by_row = sums.sum(0).mul_(scale)  # [U, T, H, D]
+    if call.slots is not None:
+        # The backward of an embedding sums the deltas of a slot fast and in a fixed order.
+        by_row = torch.ops.aten.embedding_dense_backward(
+            by_row.flatten(1), call.slots, call.num_slots, -1, False
+        ).view(-1, *by_row.shape[1:])  # [R, T, H, D]
+    # Each on its own memory: an operator's outputs must not share it.
+    grads = (
+        x.to(call.v.dtype, copy=True, memory_format=torch.contiguous_format).transpose(0, 1)
+        for x in by_row.unbind(1)
     )
-    return keep
+    return [
+        call.v.new_empty(0) if table is None else next(grads)
+        for table in (call.key_table, call.query_table)
+    ]
+
+
+def _add_by_position(scratch: _Scratch, query_positions: Tensor, chunk: _Chunk) -> None:
+    """Write ds_t to skewed, adding queries of one place."""
+    samples = slice(chunk.first_sample, chunk.first_sample + chunk.batch)
+    columns = torch.arange(scratch.skewed.shape[-1], device=query_positions.device)
+    one_hot = query_positions[samples, :, None] == columns  # [batch, L, C]
+    ds_t, skewed = (
+        x[: chunk.heads * chunk.batch].unflatten(0, (chunk.heads, chunk.batch))
+        for x in (scratch.ds_t, scratch.skewed)
+    )
+    torch.matmul(ds_t[..., : one_hot.shape[1]], one_hot.to(ds_t.dtype), out=skewed)
 
 
 def keep_mask(seed: Tensor, dropout_p: float, shape: Sequence[int]) -> Tensor:
     """Return which probabilities the dropout keeps, bool of `shape` [B, H, L, M]."""
     batch, heads, length, num_keys = shape
-    words = _keep_words(seed, dropout_p, _Chunk(0, batch, 0, heads), heads, length, num_keys)
-    bits = words[..., None] >> torch.arange(32, device=words.device, dtype=torch.int32) & 1
+    words = _words(num_keys)
+    keep = _fresh((heads, batch, length, words), seed, torch.int32)
+    tile, sizes = Tile(32, 32, 8, 1), (batch, length, heads, HEAD_SIZES[0])
+    _Launcher(
+        *(fill_scratch_kernel, tile, sizes, _ceil_div(length * words, KEEP_BLOCK)),
+        *(*[None] * 7, seed, None, None, keep, length, num_keys, _pitch(num_keys), words),
+        _dropped_of_65536(dropout_p),
+        BLOCK=KEEP_BLOCK,
+    )(_Chunk(0, 0, batch, heads))
+    bits = keep[..., None] >> torch.arange(32, device=keep.device, dtype=torch.int32) & 1
     return bits.bool().flatten(-2)[..., :num_keys].transpose(0, 1)
+
+
+def _words(num_keys: int) -> int:
+    """Words of a bit for each key."""
+    return _ceil_div(num_keys, 32)
 
 
 def _dropped_of_65536(dropout_p: float) -> int:
@@ -595,7 +608,7 @@ def _document_spans(documents: Tensor) -> Tensor:
     """[B, M] -> [B, 2, M], first and last position of the document of each position."""
     batch, num_keys = documents.shape
     spans = _fresh((batch, 2, num_keys), documents)
-    grid = (triton.cdiv(num_keys, 64), batch)
+    grid = (_ceil_div(num_keys, 64), batch)
     document_spans_kernel[grid](documents, spans, num_keys, ROWS=64, COLUMNS=128)
     return spans
 
@@ -604,14 +617,18 @@ def _key_spans(query_spans: Tensor, num_keys: int) -> Tensor:
     """[B, 2, L] -> [B, 2, M], first and last query whose span covers each key."""
     batch, _, length = query_spans.shape
     spans = _fresh((batch, 2, num_keys), query_spans)
-    grid = (triton.cdiv(num_keys, 64), batch)
+    grid = (_ceil_div(num_keys, 64), batch)
     key_spans_kernel[grid](query_spans, spans, length, num_keys, ROWS=64, COLUMNS=128)
     return spans
 
 
+def _ceil_div(total: int, size: int) -> int:
+    return -(-total // size)  # triton.cdiv takes 20 times as long
+
+
 def _pitch(columns: int) -> int:
     """Numbers from row to row of scratch: rows start at multiples of 16, so loads are wide."""
-    return triton.cdiv(columns, 16) * 16
+    return _ceil_div(columns, 16) * 16
 
 
 def _fresh(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -627,44 +644,109 @@ def _fresh(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None)
 NOWHERE = tl.constexpr(1 << 30)  # first of an empty span; its last is -1
 
 
-@triton.jit(do_not_specialize=["first_sample", "first_head"])
-def position_scores_kernel(
-    STATES,  # [B, L, H, D]
-    TABLE,  # [U, H, D]
-    SPANS,  # [B, 2, L]
+@triton.jit(do_not_specialize=["first_sample", "first_head", "batch"])
+def fill_scratch_kernel(
+    Q,  # [B, L, H, D]
+    K,  # [B, M, H, D]
+    KEY_TABLE,  # [U, H, D] or None
+    QUERY_TABLE,  # [U, H, D] or None
+    QUERY_SPANS,  # [B, 2, L]
+    SPANS,  # [B, 2, M]
     POSITIONS,  # [B, L] or None
-    SCORES,  # [N, L, C]
+    SEED,  # [1] int64 or None
+    C2P,  # [N, L, C] or None
+    P2C,  # [N, M, C] or None; columns are positions of queries
+    KEEP,  # [N, L, W] int32 or None, a bit for each key
     length,
     num_keys,
     pitch,
+    words,
+    dropped,
     first_sample,
     first_head,
+    batch,
     H: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """First come the programs of c2p, then those of p2c, then those of the dropout."""
+    sample, head, pair = _pair(first_sample, first_head, batch)
+    block = tl.program_id(0)
+    if C2P is not None:
+        if block < tl.cdiv(length, ROWS):
+            i = block * ROWS + tl.arange(0, ROWS)
+            position = _positions(POSITIONS, sample, i, length)
+            first, last = _spans(QUERY_SPANS, sample, i, length)
+            at = _rows(Q, sample * length, head, i, H, D)
+            q = tl.load(at, mask=i[:, None] < length, other=0.0)
+            at = C2P + pair * length * pitch + i[:, None] * pitch
+            _store_skewed(at, q, KEY_TABLE, position, first, last, head, num_keys, H, COLUMNS, 1)
+        block -= tl.cdiv(length, ROWS)
+    if P2C is not None:
+        if (block >= 0) & (block < tl.cdiv(num_keys, ROWS)):
+            j = block * ROWS + tl.arange(0, ROWS)
+            first, last = _spans(SPANS, sample, j, num_keys)
+            at = _rows(K, sample * num_keys, head, j, H, D)
+            k = tl.load(at, mask=j[:, None] < num_keys, other=0.0)
+            at = P2C + pair * num_keys * pitch + j[:, None] * pitch
+            _store_skewed(at, k, QUERY_TABLE, j, first, last, head, num_keys, H, COLUMNS, -1)
+        block -= tl.cdiv(num_keys, ROWS)
+    if KEEP is not None:  # noqa: SIM102 (decided by the compiler, the other at run time)
+        if block >= 0:
+            index = block * BLOCK + tl.arange(0, BLOCK)
+            word = _draw_words(SEED, sample * H + head, index, words, dropped)
+            tl.store(KEEP + pair * length * words + index, word, mask=index < length * words)
+
+
+@triton.jit
+def _store_skewed(
+    AT,  # [ROWS, 1], first columns of the rows
+    states,  # [ROWS, D]
+    TABLE,  # [U, H, D]
+    position,  # [ROWS]
+    first,  # [ROWS]
+    last,  # [ROWS]
+    head,
+    num_keys,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SIGN: tl.constexpr,
 ):
     """scores[i, i + e] = states_i . table[delta], delta = -e for queries and e for keys."""
-    sample, head, pair = _pair(first_sample, first_head)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    position = _positions(POSITIONS, sample, i, length)
-    first, last = _spans(SPANS, sample, i, length)
     e_first, e_last = _reach(first, last, position)
-    states = tl.load(
-        _rows(STATES, sample * length, head, i, H, D), mask=i[:, None] < length, other=0.0
-    )
-    scores = SCORES + pair * length * pitch + i[:, None] * pitch
     for e_start in range(e_first, e_last + 1, COLUMNS):
         e = e_start + tl.arange(0, COLUMNS)
-        table = _load_table(TABLE, head, e, num_keys, H, D, SIGN)
+        table = _load_table(TABLE, head, e, num_keys, H, states.shape[1], SIGN)
         product = tl.dot(states, tl.trans(table), input_precision="ieee")  # [ROWS, COLUMNS]
         column = position[:, None] + e[None, :]
         inside = (column >= first[:, None]) & (column <= last[:, None])
-        tl.store(scores + column, product.to(SCORES.dtype.element_ty), mask=inside)
+        tl.store(AT + column, product.to(states.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_sample", "first_head"])
+@triton.jit
+def _draw_words(SEED, stream, index, words, dropped):
+    """Draw the words at an index of a pair: bits keep what draws `dropped` or more out of 65536.
+
+    8 draws from a call of Philox, whose counter names the place (sample and head, row, columns):
+    so chunks make no difference.
+    """
+    zero = index * 0
+    word = zero
+    for group in tl.static_range(4):
+        draws = tl.philox(
+            tl.load(SEED), index % words * 4 + group, index // words, zero + stream, zero
+        )
+        for number in tl.static_range(4):
+            low = (draws[number] & 0xFFFF).to(tl.int32)
+            high = (draws[number] >> 16).to(tl.int32)
+            word |= (low >= dropped).to(tl.int32) << (8 * group + 2 * number)
+            word |= (high >= dropped).to(tl.int32) << (8 * group + 2 * number + 1)
+    return word
+
+
+@triton.jit(do_not_specialize=["first_sample", "first_head", "batch"])
 def attend_kernel(
     Q,  # [B, L, H, D]
     K,  # [B, M, H, D]
@@ -685,13 +767,14 @@ def attend_kernel(
     keep_scale,
     first_sample,
     first_head,
+    batch,
     H: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Owns a block of queries, walks along the keys: an online softmax."""
-    sample, head, pair = _pair(first_sample, first_head)
+    sample, head, pair = _pair(first_sample, first_head, batch)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = i < length
     position = _positions(POSITIONS, sample, i, length)
@@ -738,7 +821,7 @@ def attend_kernel(
     tl.store(LSE + (sample * H + head) * length + i, highest + tl.math.log2(total), mask=is_row)
 
 
-@triton.jit(do_not_specialize=["first_sample", "first_head"])
+@triton.jit(do_not_specialize=["first_sample", "first_head", "batch"])
 def row_dots_kernel(
     OUT,  # [B, L, H, D]
     GRAD_OUT,  # [B, L, H, D]
@@ -746,13 +829,14 @@ def row_dots_kernel(
     length,
     first_sample,
     first_head,
+    batch,
     H: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Out . grad_out of each row: what the softmax takes off the gradient of each of its scores."""
-    sample, head, _ = _pair(first_sample, first_head)
+    sample, head, _ = _pair(first_sample, first_head, batch)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = i[:, None] < length
     out = tl.load(_rows(OUT, sample * length, head, i, H, D), mask=mask, other=0.0)
@@ -761,10 +845,10 @@ def row_dots_kernel(
     tl.store(DOTS + (sample * H + head) * length + i, dots, mask=i < length)
 
 
-@triton.jit(do_not_specialize=["first_sample", "first_head"])
+@triton.jit(do_not_specialize=["first_sample", "first_head", "batch"])
 def score_gradients_kernel(
-    K,  # [B, M, H, D]
     Q,  # [B, L, H, D]
+    K,  # [B, M, H, D]
     V,  # [B, M, H, D]
     C2P,  # [N, L, C] or None
     P2C,  # [N, M, C] or None; columns are positions of queries
@@ -787,6 +871,7 @@ def score_gradients_kernel(
     keep_scale,
     first_sample,
     first_head,
+    batch,
     H: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -794,9 +879,10 @@ def score_gradients_kernel(
 ):
     """Owns a block of keys, walks along the queries; tiles are [keys, queries].
 
-    DS leaves out the factor `scale`: large enough for fp16 as it is.
+    DS may be C2P, and DS_T may be P2C: a tile is read before it is written, and by nobody else.
+    It leaves out the factor `scale`: large enough for fp16 as it is.
     """
-    sample, head, pair = _pair(first_sample, first_head)
+    sample, head, pair = _pair(first_sample, first_head, batch)
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_key = j < num_keys
     document = tl.load(DOCUMENTS + sample * num_keys + j, mask=is_key, other=0)
@@ -842,93 +928,205 @@ def score_gradients_kernel(
     tl.store(at_dv, (dv * keep_scale).to(DV.dtype.element_ty), mask=is_key[:, None])
 
 
-@triton.jit(do_not_specialize=["first_sample", "first_head"])
+@triton.jit(do_not_specialize=["first_sample", "first_head", "batch"])
 def state_gradients_kernel(
-    GRAD,  # [B, L, H, D]
-    OTHERS,  # [B, M, H, D]
-    TABLE,  # [U, H, D] or None
-    DS,  # [N, L, columns]
-    SPANS,  # [B, 2, L], of columns of DS
-    SKEWED,  # [N, L, C]; its columns are positions
-    SKEWED_SPANS,  # [B, 2, L], of positions
+    Q,  # [B, L, H, D]
+    K,  # [B, M, H, D]
+    KEY_TABLE,  # [U, H, D] or None
+    QUERY_TABLE,  # [U, H, D] or None
+    DS,  # [N, L, C]
+    DS_T,  # [N, M, columns of queries]
+    SKEWED,  # [N, M, C]; its columns are positions of queries
+    QUERY_SPANS,  # [B, 2, L]
+    SPANS,  # [B, 2, M]
+    KEY_SPANS,  # [B, 2, M], of columns of DS_T
     POSITIONS,  # [B, L] or None
+    DQ,  # [B, L, H, D]
+    DK,  # [B, M, H, D]
     length,
-    num_others,
     num_keys,
     pitch,
-    skewed_pitch,
+    query_pitch,
     scale,
     first_sample,
     first_head,
+    batch,
     H: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SIGN: tl.constexpr,
 ):
-    """grad_i = scale * (sum_j ds[i, j] others_j + sum_e ds[i, i + e] table[delta])."""
-    sample, head, pair = _pair(first_sample, first_head)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_row = i < length
-    grad = tl.zeros([ROWS, D], tl.float32)
-    first, last = _spans(SPANS, sample, i, length)
+    """First come the programs of dq, then those of dk.
+
+    dq_i = scale * (sum_j ds[i, j] k_j + sum_e ds[i, i + e] key_table[delta]), and dk_j likewise.
+    """
+    sample, head, pair = _pair(first_sample, first_head, batch)
+    block = tl.program_id(0)
+    if block < tl.cdiv(length, ROWS):
+        i = block * ROWS + tl.arange(0, ROWS)
+        is_row = (i < length)[:, None]
+        first, last = _spans(QUERY_SPANS, sample, i, length)
+        ds = DS + pair * length * pitch + i[:, None] * pitch
+        start = sample * num_keys
+        dq = _times_states(ds, is_row, K, first, last, start, num_keys, pitch, head, H, D, COLUMNS)
+        if KEY_TABLE is not None:
+            position = _positions(POSITIONS, sample, i, length)
+            dq = _add_skewed(
+                dq, ds, KEY_TABLE, position, first, last, head, num_keys, H, COLUMNS, 1
+            )
+        at = _rows(DQ, sample * length, head, i, H, D)
+        tl.store(at, (dq * scale).to(DQ.dtype.element_ty), mask=is_row)
+    else:
+        j = (block - tl.cdiv(length, ROWS)) * ROWS + tl.arange(0, ROWS)
+        is_key = (j < num_keys)[:, None]
+        first, last = _spans(KEY_SPANS, sample, j, num_keys)
+        ds = DS_T + pair * num_keys * query_pitch + j[:, None] * query_pitch
+        start = sample * length
+        dk = _times_states(
+            ds, is_key, Q, first, last, start, length, query_pitch, head, H, D, COLUMNS
+        )
+        if QUERY_TABLE is not None:
+            first, last = _spans(SPANS, sample, j, num_keys)
+            ds = SKEWED + pair * num_keys * pitch + j[:, None] * pitch
+            dk = _add_skewed(dk, ds, QUERY_TABLE, j, first, last, head, num_keys, H, COLUMNS, -1)
+        at = _rows(DK, sample * num_keys, head, j, H, D)
+        tl.store(at, (dk * scale).to(DK.dtype.element_ty), mask=is_key)
+
+
+@triton.jit
+def _times_states(
+    DS,  # [ROWS, 1], first columns of the rows
+    is_row,  # [ROWS, 1]
+    STATES,  # [B, columns, H, D]
+    first,  # [ROWS]
+    last,  # [ROWS]
+    start,
+    columns,
+    pitch,
+    head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sum of ds[i, j] states_j over the span of each row: [ROWS, D]."""
+    total = tl.zeros([DS.shape[0], D], tl.float32)
     for block in range(tl.min(first) // COLUMNS, tl.max(last) // COLUMNS + 1):
         j = block * COLUMNS + tl.arange(0, COLUMNS)
-        at = DS + pair * length * pitch + (i[:, None] * pitch + j[None, :])
-        ds = tl.load(at, mask=is_row[:, None] & (j < pitch)[None, :], other=0.0)
+        ds = tl.load(DS + j[None, :], mask=is_row & (j < pitch)[None, :], other=0.0)
         inside = (j[None, :] >= first[:, None]) & (j[None, :] <= last[:, None])
         ds = tl.where(inside, ds, 0.0).to(DS.dtype.element_ty)
-        at = _rows(OTHERS, sample * num_others, head, j, H, D)
-        others = tl.load(at, mask=j[:, None] < num_others, other=0.0)
-        grad += tl.dot(ds, others, input_precision="ieee")
-    if TABLE is not None:
-        position = _positions(POSITIONS, sample, i, length)
-        first, last = _spans(SKEWED_SPANS, sample, i, length)
-        e_first, e_last = _reach(first, last, position)
-        for e_start in range(e_first, e_last + 1, COLUMNS):
-            e = e_start + tl.arange(0, COLUMNS)
-            column = position[:, None] + e[None, :]
-            inside = (column >= first[:, None]) & (column <= last[:, None])
-            at = SKEWED + pair * length * skewed_pitch + (i[:, None] * skewed_pitch + column)
-            ds = tl.load(at, mask=inside, other=0.0)
-            table = _load_table(TABLE, head, e, num_keys, H, D, SIGN)
-            grad += tl.dot(ds, table, input_precision="ieee")
-    at_grad = _rows(GRAD, sample * length, head, i, H, D)
-    tl.store(at_grad, (grad * scale).to(GRAD.dtype.element_ty), mask=is_row[:, None])
+        at = _rows(STATES, start, head, j, H, D)
+        states = tl.load(at, mask=j[:, None] < columns, other=0.0)
+        total += tl.dot(ds, states, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _add_skewed(
+    total,  # [ROWS, D]
+    DS,  # [ROWS, 1], first columns of the rows
+    TABLE,  # [U, H, D]
+    position,  # [ROWS]
+    first,  # [ROWS]
+    last,  # [ROWS]
+    head,
+    num_keys,
+    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIGN: tl.constexpr,
+):
+    """Add the sum of ds[i, i + e] table[delta] over the span of each row."""
+    e_first, e_last = _reach(first, last, position)
+    for e_start in range(e_first, e_last + 1, COLUMNS):
+        e = e_start + tl.arange(0, COLUMNS)
+        column = position[:, None] + e[None, :]
+        inside = (column >= first[:, None]) & (column <= last[:, None])
+        ds = tl.load(DS + column, mask=inside, other=0.0)
+        table = _load_table(TABLE, head, e, num_keys, H, total.shape[1], SIGN)
+        total += tl.dot(ds, table, input_precision="ieee")
+    return total
 
 
 @triton.jit(do_not_specialize=["first_sample", "first_head", "batch"])
 def table_gradients_kernel(
-    STATES,  # [B, L, H, D]
-    SKEWED,  # [N, L, C]; its columns are positions
-    SPANS,  # [B, 2, L]
+    Q,  # [B, L, H, D]
+    K,  # [B, M, H, D]
+    KEY_TABLE,  # [U, H, D] or None
+    QUERY_TABLE,  # [U, H, D] or None
+    DS,  # [N, L, C]
+    SKEWED,  # [N, M, C]; its columns are positions of queries
+    QUERY_SPANS,  # [B, 2, L]
+    SPANS,  # [B, 2, M]
     POSITIONS,  # [B, L] or None
     REACH,  # [B]
-    SUMS,  # [S, U, H, D] float32
+    SUMS,  # [S, U, T, H, D] float32, of T tables
     length,
     num_keys,
     pitch,
-    batch,
     first_sample,
     first_head,
+    batch,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TABLES: tl.constexpr,
+):
+    """First come the programs of the table of keys, then those of the table of queries.
+
+    A program owns some deltas, of a share of the batch. Sample b is always in share b % S, and sums
+    are carried on from chunk to chunk: the result does not depend on the chunks.
+    """
+    head = first_head + tl.program_id(2)
+    block = tl.program_id(0)
+    blocks = tl.cdiv(2 * num_keys - 1, COLUMNS)
+    if KEY_TABLE is not None:
+        if block < blocks:
+            _add_to_table(
+                SUMS, Q, DS, QUERY_SPANS, POSITIONS, REACH, block, head, head, length, num_keys,
+                pitch, first_sample, batch, H, D, ROWS, COLUMNS, 1, TABLES
+            )  # fmt: skip
+        block -= blocks
+    if QUERY_TABLE is not None:  # noqa: SIM102
+        if block >= 0:
+            last_head = (TABLES - 1) * H + head
+            _add_to_table(
+                SUMS, K, SKEWED, SPANS, None, REACH, block, head, last_head, num_keys, num_keys,
+                pitch, first_sample, batch, H, D, ROWS, COLUMNS, -1, TABLES
+            )  # fmt: skip
+
+
+@triton.jit
+def _add_to_table(
+    SUMS,  # [S, U, T * H, D] float32
+    STATES,  # [B, L, H, D]
+    DS,  # [N, L, C]; its columns are positions
+    SPANS,  # [B, 2, L]
+    POSITIONS,  # [B, L] or None
+    REACH,  # [B]
+    block,
+    head,
+    table_head,
+    length,
+    num_keys,
+    pitch,
+    first_sample,
+    batch,
     H: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SIGN: tl.constexpr,
+    TABLES: tl.constexpr,
 ):
-    """sums[share, delta] += sum over the samples of a share and over i of ds[i, i + e] states_i.
-
-    Sample b is always in share b % S, and sums are carried on from chunk to chunk: the result does
-    not depend on the chunks.
-    """
+    """sums[share, delta] += sum over the samples of a share and over i of ds[i, i + e] states_i."""
     share = tl.program_id(1)
     shares = tl.num_programs(1)
-    head = first_head + tl.program_id(2)
-    e_first = tl.program_id(0) * COLUMNS - (num_keys - 1)
+    e_first = block * COLUMNS - (num_keys - 1)
     e_last = e_first + COLUMNS - 1
     e = e_first + tl.arange(0, COLUMNS)
-    at_sums = _rows(SUMS, share * (2 * num_keys - 1), head, num_keys - 1 - SIGN * e, H, D)
+    row = num_keys - 1 - SIGN * e
+    at_sums = _rows(SUMS, share * (2 * num_keys - 1), table_head, row, TABLES * H, D)
     is_delta = (e < num_keys)[:, None]
     sums = tl.load(at_sums, mask=is_delta, other=0.0)
     for offset in range((share + shares - first_sample % shares) % shares, batch, shares):
@@ -939,50 +1137,18 @@ def table_gradients_kernel(
         if POSITIONS is None:
             start, stop = tl.maximum(0, -e_last), tl.minimum(length, num_keys - e_first)
         stop = tl.where((e_first > reach) | (e_last < -reach), start, stop)
-        for block in range(start // ROWS, tl.cdiv(stop, ROWS)):
-            i = block * ROWS + tl.arange(0, ROWS)
+        for rows in range(start // ROWS, tl.cdiv(stop, ROWS)):
+            i = rows * ROWS + tl.arange(0, ROWS)
             position = _positions(POSITIONS, sample, i, length)
             first, last = _spans(SPANS, sample, i, length)
             column = position[:, None] + e[None, :]
             inside = (column >= first[:, None]) & (column <= last[:, None])
-            at = SKEWED + pair * length * pitch + (i[:, None] * pitch + column)
+            at = DS + pair * length * pitch + (i[:, None] * pitch + column)
             ds = tl.load(at, mask=inside, other=0.0)
             at = _rows(STATES, sample * length, head, i, H, D)
             states = tl.load(at, mask=i[:, None] < length, other=0.0)
             sums += tl.dot(tl.trans(ds), states, input_precision="ieee")
     tl.store(at_sums, sums, mask=is_delta)
-
-
-@triton.jit(do_not_specialize=["first_sample", "first_head"])
-def keep_words_kernel(
-    SEED,  # [1] int64
-    KEEP,  # [N, L, W] int32, a bit for each key
-    length,
-    words,
-    dropped,
-    first_sample,
-    first_head,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Keep what draws `dropped` or more out of 65536: 8 draws from a call of Philox.
-
-    The counter names the place (sample and head, row, columns), so chunks make no difference.
-    """
-    sample, head, pair = _pair(first_sample, first_head)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    zero = index * 0
-    word = zero
-    for group in tl.static_range(4):
-        draws = tl.philox(
-            tl.load(SEED), index % words * 4 + group, index // words, zero + sample * H + head, zero
-        )
-        for number in tl.static_range(4):
-            low = (draws[number] & 0xFFFF).to(tl.int32)
-            high = (draws[number] >> 16).to(tl.int32)
-            word |= (low >= dropped).to(tl.int32) << (8 * group + 2 * number)
-            word |= (high >= dropped).to(tl.int32) << (8 * group + 2 * number + 1)
-    tl.store(KEEP + pair * length * words + index, word, mask=index < length * words)
 
 
 @triton.jit
@@ -1034,9 +1200,9 @@ def key_spans_kernel(
 
 
 @triton.jit
-def _pair(first_sample, first_head):
+def _pair(first_sample, first_head, batch):
     """Return sample, head, and the number of their pair in the chunk."""
-    pair = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    pair = tl.program_id(2) * batch + tl.program_id(1)
     return first_sample + tl.program_id(1), first_head + tl.program_id(2), pair.to(tl.int64)
 
 
