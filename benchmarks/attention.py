@@ -1,11 +1,16 @@
 """Disentangled attention alone: every implementation at hand, forward and backward, one table.
 
-    python benchmarks/attention.py [--shapes 32x12x512] [--only triton,eager]
+    python benchmarks/attention.py [--shapes 32x12x512] [--only triton,eager] [--minutes 5]
 
 Each contender is first compared with a float64 definition; if one of ours fails, the status is 1.
 They run in turns; times are medians, with a cold L2 cache. TFLOP/s counts 2U + 2G forward and
 5U + 6G backward, where U = 2 B H L^2 D and G = 2 B H L R D; its share is that of the best large
 matrix product of the same run. Without CUDA, a few small shapes and what runs on a CPU.
+
+A call is timed with the host's work for it, which a training hides as long as it is the shorter
+one; "host" is that work alone. "GPU" is forward and backward replayed as a CUDA graph, without a
+host: rates and ratios are of it, and of calls where a contender has none, for it waits for the
+device.
 
 "70%": rows are padded to lengths between 40% and 100%. FlashDeBERTa has no dropout at all, and
 plain SDPA no positions: it is the lower bound, with the operations that it has.
@@ -31,10 +36,10 @@ from ds_deberta.model.presets import MODELS
 from ds_deberta.model.relative import slot_table
 
 SIZE = 64
-SHAPES = ["32x12x128", "128x12x128", "32x12x512", "16x12x1024", "32x12x1024", "8x12x2048"]
+SHAPES = ["32x12x512", "128x12x128", "32x12x128", "16x12x1024", "32x12x1024", "8x12x2048"]
 SHAPES += ["32x12x2048", "32x4x512", "32x16x512", "256x12x512"]
 CPU_SHAPES = ["8x4x128", "4x6x128", "2x12x512"]
-SECONDS = {"cpu": 1.0, "cuda": 0.3}  # for each contender and problem
+SECONDS = {"cpu": 1.0, "cuda": 0.1}  # for each contender and problem, and again for replays
 OURS = ("triton", "reference", "cpu")
 LOWER_BOUND = "SDPA, no positions"
 CONFIG = MODELS["deberta-v3-base"]
@@ -209,6 +214,9 @@ CACHE: dict = {}
 def compiled(function: Callable) -> Callable:
     """Compile once, for all shapes."""
     if function not in CACHE:
+        # Or else the ninth kind of input would be run as if it was not compiled, silently.
+        torch._dynamo.config.recompile_limit = 100
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         CACHE[function] = torch.compile(function)
     return CACHE[function]
 
@@ -250,28 +258,60 @@ def check(run: Callable[[Problem], Tensor], shape: str, fill: float, dtype, devi
             raise ArithmeticError(f"wrong: error {error:.1e}")
 
 
-def milliseconds(function: Callable[[], object], device: str, flush: Tensor) -> float:
-    """Time of one call; on CUDA between events, after a flush of the L2 cache."""
+def milliseconds(function: Callable[[], object], device: str, flush: Tensor) -> tuple[float, float]:
+    """Time of a call, and what the host took of it; on CUDA after a flush of the L2 cache."""
     flush.zero_()
     if device == "cpu":
         start = time.perf_counter()
         function()
-        return 1e3 * (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return 1e3 * seconds, 1e3 * seconds
+    torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     events[0].record()
+    start = time.perf_counter()
     function()
+    seconds = time.perf_counter() - start
     events[1].record()
     torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1])
+    return events[0].elapsed_time(events[1]), 1e3 * seconds
+
+
+def replayed(function: Callable[[], object], flush: Tensor) -> float:
+    """Median milliseconds of a CUDA graph of a call; NaN where it can not be one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:
+        print(f"no CUDA graph: {error}".splitlines()[0], file=sys.stderr)
+        return math.nan
+    times = []
+    stop = time.perf_counter() + SECONDS["cuda"]
+    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 100):
+        times.append(milliseconds(graph.replay, "cuda", flush)[0])
+    return statistics.median(times[2:])
 
 
 class Times(NamedTuple):
-    """Medians of a contender."""
+    """Medians of a contender, in ms."""
 
-    forward: float  # ms
-    total: float  # ms, forward and backward
-    ratio: float  # of eager's time to this one, turn by turn
+    forward: float  # a call
+    total: float  # a call, forward and backward
+    host: float  # of that
+    gpu: float  # forward and backward as a graph; NaN: not known
+    ratio: float  # of eager's time to this one
     peak: float  # MB beyond the inputs
+
+    @property
+    def best(self) -> float:
+        """What rates are counted by."""
+        return self.total if math.isnan(self.gpu) else self.gpu
 
 
 def measure(names: list[str], problem: Problem) -> dict[str, Times]:
@@ -281,37 +321,44 @@ def measure(names: list[str], problem: Problem) -> dict[str, Times]:
     grad = torch.ones_like(problem.v)
 
     def both(name: str) -> None:
-        for x in problem.states:
-            x.grad = None
-        CONTENDERS[name](problem).backward(grad)
+        output = CONTENDERS[name](problem)
+        torch.autograd.grad(output, problem.states, grad, allow_unused=True)
 
     forward: dict[str, list[float]] = {name: [] for name in names}
     total: dict[str, list[float]] = {name: [] for name in names}
+    host: dict[str, list[float]] = {name: [] for name in names}
     stop = time.perf_counter() + SECONDS[device] * len(names)
     turns = 0
     while turns < 5 or (time.perf_counter() < stop and turns < 100):
         for name in names:
-            forward[name].append(milliseconds(lambda n=name: CONTENDERS[n](problem), device, flush))
-            total[name].append(milliseconds(lambda n=name: both(n), device, flush))
+            run = CONTENDERS[name]
+            forward[name].append(milliseconds(lambda r=run: r(problem), device, flush)[0])
+            call, of_host = milliseconds(lambda n=name: both(n), device, flush)
+            total[name].append(call)
+            host[name].append(of_host)
         turns += 1
-    base = total.get("eager", [math.nan] * turns)
-    return {
-        name: Times(
-            statistics.median(forward[name][2:]),
-            statistics.median(total[name][2:]),
-            statistics.median(b / t for b, t in zip(base[2:], total[name][2:], strict=True)),
-            peak_memory(lambda n=name: both(n), problem),
-        )
-        for name in names
-    }
+    results = {}
+    for name in names:
+        gpu, ratio = math.nan, math.nan
+        if device == "cuda":
+            gpu = replayed(lambda n=name: both(n), flush)
+            torch.cuda.empty_cache()  # a graph's memory is its own
+        elif "eager" in total:
+            pairs = zip(total["eager"][2:], total[name][2:], strict=True)
+            ratio = statistics.median(eager / ours for eager, ours in pairs)
+        medians = (statistics.median(times[name][2:]) for times in (forward, total, host))
+        peak = peak_memory(lambda n=name: both(n), problem)
+        results[name] = Times(*medians, gpu=gpu, ratio=ratio, peak=peak)
+    if device == "cuda" and "eager" in results:
+        base = results["eager"].best
+        results = {name: x._replace(ratio=base / x.best) for name, x in results.items()}
+    return results
 
 
 def peak_memory(function: Callable[[], object], problem: Problem) -> float:
     """Bytes / 10^6 that a call needs beyond its inputs; known on CUDA only."""
     if problem.q.device.type != "cuda":
         return math.nan
-    for x in problem.states:
-        x.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
@@ -325,6 +372,19 @@ def flops(problem: Problem, has_positions: bool) -> float:
     return 2 * batch * heads * length * size * (7 * length + 8 * rows)
 
 
+def describe(times: Times, flops: float, peak_flops: float) -> list[str]:
+    """The cells of a contender's row."""
+    rate = 1e3 * flops / times.best
+    on_cuda = [f"{times.host:.3f}", "" if math.isnan(times.gpu) else f"{times.gpu:.3f}"]
+    return [
+        *(f"{times.forward:.3f}", f"{times.total:.3f}"),
+        *([] if math.isnan(times.peak) else on_cuda),
+        *(f"{rate / 1e12:.3g}", f"{rate / peak_flops:.0%}"),
+        "" if math.isnan(times.peak) else f"{times.peak:.0f}",
+        f"{times.ratio:.2f}",
+    ]
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -332,6 +392,9 @@ def main() -> None:
     shapes = SHAPES if device == "cuda" else CPU_SHAPES
     parser.add_argument("--shapes", default=",".join(shapes), help="batch x heads x length, ...")
     parser.add_argument("--only", default=None, help="contenders, separated by commas")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no further problem after them"
+    )
     on_cpu = "bfloat16,float32" if computes_in_bf16() else "float32"
     parser.add_argument("--dtypes", default="bfloat16,float16" if device == "cuda" else on_cpu)
     options = parser.parse_args()
@@ -340,25 +403,32 @@ def main() -> None:
         if absent := set(options.only.split(",")) - set(names):
             parser.error(f"--only: {', '.join(absent)} can not run here; {', '.join(names)} can")
         names = [name for name in names if name in options.only.split(",")]
+    end = time.perf_counter() + 60 * options.minutes
     initialize(seed=0)
     print(f"`python {' '.join(sys.argv)}`: {processor()}, torch {torch.__version__}")
     print(f"\nShapes are B x H x L, heads of {SIZE}.\n")
-    columns = ("shape", "dtype", "fill", "dropout", "contender", "ms fwd", "ms fwd+bwd", "TFLOP/s")
-    columns += ("share of peak", "peak MB", "times as fast as eager")
+    columns = ("shape", "dtype", "fill", "dropout", "contender", "ms fwd", "ms fwd+bwd")
+    columns += ("ms host", "ms GPU") if device == "cuda" else ()
+    columns += ("TFLOP/s", "share of peak", "peak MB", "times as fast as eager")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     dtypes = [getattr(torch, name) for name in options.dtypes.split(",")]
     broken: list[str] = []
     peaks = {dtype: measure_peak_flops(torch.device(device), dtype) for dtype in dtypes}
-    for shape, dtype, fill, p in itertools.product(
-        options.shapes.split(","), dtypes, (1.0, 0.7), (0.0, 0.1)
+    left_out = []
+    for dtype, shape, fill, p in itertools.product(
+        dtypes, options.shapes.split(","), (1.0, 0.7), (0.1, 0.0)
     ):
+        if time.perf_counter() > end:
+            left_out.append(f"{shape} {str(dtype)[6:]} {fill:.0%} {p}")
+            continue
         problem = make_problem(shape, fill, p, dtype, device)
         failures: dict[str, str] = {}
         for name in names:
             try:
                 if name != LOWER_BOUND:
                     check(CONTENDERS[name], shape, fill, dtype, device)
-                CONTENDERS[name](problem).sum().backward()
+                output = CONTENDERS[name](problem).sum()
+                torch.autograd.grad(output, problem.states, allow_unused=True)
             except Exception as error:  # a contender that fails is a row of the table
                 failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:60]
                 if name in OURS and not isinstance(error, torch.OutOfMemoryError):
@@ -367,16 +437,13 @@ def main() -> None:
         for name in names:
             head = f"| {shape} | {str(dtype)[6:]} | {fill:.0%} | {p} | {name} "
             if name in failures:
-                print(f"{head}| {failures[name].replace('|', '/')} | | | | | |", flush=True)
-                continue
-            row = times[name]
-            rate = flops(problem, name != LOWER_BOUND) / row.total / 1e9
-            memory = "" if math.isnan(row.peak) else f"{row.peak:.0f}"
-            print(
-                f"{head}| {row.forward:.3f} | {row.total:.3f} | {rate:.3g} "
-                f"| {1e12 * rate / peaks[dtype]:.0%} | {memory} | {row.ratio:.2f} |",
-                flush=True,
-            )
+                cells = [failures[name].replace("|", "/")]
+            else:
+                cells = describe(times[name], flops(problem, name != LOWER_BOUND), peaks[dtype])
+            cells += [""] * (len(columns) - 5 - len(cells))
+            print(f"{head}| {' | '.join(cells)} |", flush=True)
+    if left_out:
+        print(f"\nNot measured, for {options.minutes} minutes were over: {', '.join(left_out)}.")
     if broken:
         sys.exit("\n".join(broken))
 

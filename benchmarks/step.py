@@ -16,6 +16,7 @@ DebertaV2ForTokenClassification with independent embeddings, torch's AdamW and t
 Dropout is 0.1 on both sides.
 
 The second, ours alone, on the device at hand, with each attention asked for, and its time by part.
+"Of the host": until it has told a GPU what to do; near the whole, the GPU waits for it.
 
 The share of the GEMM rate is MFU: useful matrix-product operations (model/flops.py, three forward
 passes) per second, as a share of the best large product measured in the same run and dtype; the
@@ -304,9 +305,12 @@ def measure_preset(args: argparse.Namespace) -> None:
         f"\n{args.preset}, {args.objective}, {args.rows} x {args.length}, {args.deepspeed_config}: "
         f"{peak / 1e12:.1f} TFLOP/s measured\n"
     )
-    print("| attention | tokens/s | share of the GEMM rate | memory |\n|-|-|-|-|")
+    print("| attention | tokens/s | share of the GEMM rate | ms, of the host | memory |")
+    print("|-|-|-|-|-|")
     parts: dict[str, dict[str, float]] = {}
     for attention in args.attention.split(","):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         objective = our_objective(
             config,
             batch,
@@ -319,30 +323,32 @@ def measure_preset(args: argparse.Namespace) -> None:
         step = partial(objective.train_step, [batch])
         for _ in range(3):
             step()
-        seconds = min(timed(step, device) for _ in range(args.steps))
+        seconds, of_host = min(timed(step, device) for _ in range(args.steps))
         print(
             f"| {attention} | {tokens / seconds:,.0f} | {flops / seconds / peak:.0%} | "
-            f"{peak_bytes(device) / 2**30:.2f} GiB |",
+            f"{1e3 * seconds:.1f}, {1e3 * of_host:.1f} | {peak_bytes(device) / 2**30:.2f} GiB |",
             flush=True,
         )
         parts[attention] = time_by_part(objective, batch, device, args.steps)
         if args.profile:
             print(f"\n{profile(step, device)}\n")
+        del objective, step  # and their memory
     names = list(next(iter(parts.values())))
     print(f"\n| ms | {' | '.join(names)} |\n|{'-|' * (len(names) + 1)}")
     for attention, times in parts.items():
         print(f"| {attention} | {' | '.join(f'{1e3 * times[name]:.1f}' for name in names)} |")
 
 
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, to its end on the device."""
+def timed(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of one call, to its end on the device, and until the host was free again."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
     function()
+    of_host = time.perf_counter() - start
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, of_host
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -373,7 +379,7 @@ class TimedEngine:
 
     def _time(self, part: str, function: Callable[[], Any]) -> Any:
         results = []
-        seconds = timed(lambda: results.append(function()), self._device)
+        seconds, _ = timed(lambda: results.append(function()), self._device)
         key = f"{self._name} {part}"
         self._times[key] = self._times.get(key, 0.0) + seconds
         return results[0]
@@ -387,7 +393,7 @@ def time_by_part(
     plain = dict(objective.engines)
     for name, engine in plain.items():
         setattr(objective, name, TimedEngine(name, engine, device, times))
-    total = sum(timed(lambda: objective.train_step([batch]), device) for _ in range(steps))
+    total = sum(timed(lambda: objective.train_step([batch]), device)[0] for _ in range(steps))
     for name, engine in plain.items():
         setattr(objective, name, engine)
     times["the rest"] = total - sum(times.values())
