@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -379,10 +380,26 @@ def initialize_engine(
         )
     if not zero_stage(ds_config):  # else it copies every gradient to send it to nobody
         engine.enable_backward_allreduce = world_size() > 1
+    if zero_stage(ds_config) in (1, 2) and offload_device(ds_config, "optimizer") == "none":
+        engine.optimizer.has_overflow_partitioned_grads_serial = partial(  # type: ignore[union-attr]
+            _finds_overflow, engine.optimizer
+        )
     if precision(ds_config) == torch.float16:
         # At the least scale it would end the run, which is for --max_skipped_steps to do.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # type: ignore[union-attr]
     return Engine(engine, clip=clip)
+
+
+def _finds_overflow(optimizer: Any) -> Tensor:
+    """Whether a gradient is not finite, [1]: in the place of the method of ZeRO-1's and 2's.
+
+    DeepSpeed's own has 13 operations for each gradient: 4,000 in a step of deberta-v3-base's two
+    models, which a GPU's host needs longer to start than the whole update.
+    """
+    grads = [grad for group in optimizer.averaged_gradients.values() for grad in group]
+    grads = [grad for grad in grads if grad is not None and grad.numel()]
+    greatest = torch.nn.utils.get_total_norm(grads, math.inf)  # NaN where there is one
+    return ~greatest.isfinite().reshape(1)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,5 @@
+import inspect
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -6,9 +8,10 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from ds_deberta.engine import Engine, initialize_engine
+from ds_deberta.engine import Engine, _finds_overflow, initialize_engine
 from ds_deberta.optim import OptimConfig
 from tests.launch import ROOT, clean_environment
 
@@ -33,6 +36,26 @@ def test_the_cpu_needs_no_shared_memory_op():
     if torch.cuda.is_available():
         pytest.skip("CPU only")
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype):
+    greatest = torch.finfo(dtype).max
+    grads = [torch.full((3, 2), greatest, dtype=dtype), torch.zeros(0, dtype=dtype)]
+    grads += [torch.full((4,), -greatest, dtype=dtype)]
+    optimizer = SimpleNamespace(averaged_gradients={0: [None, *grads[:2]], 1: grads[2:]})
+    assert _finds_overflow(optimizer).tolist() == [False]
+    for grad in (grads[0][1], grads[2]):
+        for value in (math.nan, math.inf, -math.inf):
+            before, grad[1] = grad[1].item(), value
+            assert _finds_overflow(optimizer).tolist() == [True]
+            grad[1] = before
+    assert _finds_overflow(optimizer).tolist() == [False]
+
+
+def test_deepspeed_asks_where_the_answer_is_ours():
+    asked = inspect.getsource(DeepSpeedZeroOptimizer.has_overflow)
+    assert "self.has_overflow_partitioned_grads_serial()" in asked
 
 
 _IN_PARTS = """

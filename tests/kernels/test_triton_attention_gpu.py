@@ -88,6 +88,20 @@ def test_two_runs_give_the_same_bits_with_dropout(queries: int | None):
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("queries", [None, 80])
+def test_chunks_make_no_difference(queries: int | None):
+    """All launches but those of the first chunk go past Triton's look-up of what it compiled."""
+    states, options = make_inputs(512, 64, queries)
+    results = []
+    for workspace_bytes in (2**20, 2**22, 2**30):
+        torch.manual_seed(5)
+        chunked = options | {"dropout_p": 0.1, "workspace_bytes": workspace_bytes}
+        attend = triton_attention.disentangled_attention
+        results.append(run(attend, states, chunked, torch.bfloat16))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("wrap", ["checkpoint", "compile"])
 def test_checkpointing_and_compiling_change_nothing(wrap: str):
     states, options = make_inputs(512, 64)
