@@ -44,8 +44,12 @@ WORKSPACE_BYTES = 48 * 2**20
 """Scratch of one chunk: as much as the L2 cache of a large GPU holds."""
 KEEP_BLOCK = 1024
 """Words of the dropout that one program of `fill_scratch_kernel` draws."""
+STRIDE = tl.constexpr(2)
+"""Rows of a tile are so far apart where skewed columns are moved: where column = row + e, the
+columns of one e are then all even, or all odd. They move in aligned pairs, and the compiler, which
+knows it, fetches them ahead of time."""
 TABLE_PROGRAMS = 128
-"""Programs that share the gradient of one head's position table, by delta and by sample."""
+"""Programs that share the gradient of one head's position table, by delta, row and sample."""
 
 
 class Tile(NamedTuple):
@@ -71,20 +75,20 @@ _SMALL_HEADS = Tiles(
     fill_scratch=Tile(128, 64, 8, 3),
     attend=Tile(128, 64, 8, 3),
     score_gradients=Tile(128, 64, 8, 2),
-    state_gradients=Tile(128, 64, 8, 3),
+    state_gradients=Tile(128, 64, 8, 2),
     table_gradients=Tile(64, 64, 4, 3),
 )
 _LARGE_HEADS = Tiles(
     fill_scratch=Tile(128, 64, 8, 2),
     attend=Tile(64, 64, 8, 2),
-    score_gradients=Tile(128, 32, 8, 1),
+    score_gradients=Tile(128, 32, 8, 2),
     state_gradients=Tile(128, 64, 8, 2),
-    table_gradients=Tile(64, 64, 4, 2),
+    table_gradients=Tile(64, 64, 8, 2),
 )
 _EXACT = Tiles(*[Tile(32, 32, 4, 1)] * 5)._replace(score_gradients=Tile(32, 32, 8, 1))
 TILES = {
     # (head size, bytes of a number); tests compile the 16-bit ones for sm_80 and sm_90: no spills
-    (32, 2): _SMALL_HEADS._replace(state_gradients=Tile(128, 32, 8, 3)),
+    (32, 2): _SMALL_HEADS,
     (64, 2): _SMALL_HEADS,
     (128, 2): _LARGE_HEADS,
     (32, 4): _EXACT,
@@ -360,8 +364,8 @@ def _backward(
         *(length, num_keys, pitch, query_pitch),
         *(options.scale * LOG2_E, _keep_scale(options.dropout_p)),
     )
-    tile = options.tiles.state_gradients
-    blocks = _ceil_div(length, tile.rows) + _ceil_div(num_keys, tile.rows)
+    tile = _interleaved(options.tiles.state_gradients, num_keys)
+    blocks = _row_blocks(length, tile, call.positions) + _row_blocks(num_keys, tile)
     state_gradients = _Launcher(
         *(state_gradients_kernel, tile, shape, blocks),
         *(call.q, call.k, call.key_table, call.query_table),
@@ -369,20 +373,18 @@ def _backward(
         *(call.query_spans, call.spans, key_spans, call.positions),
         *(dq, dk, length, num_keys, pitch, query_pitch, options.scale),
     )
-    tile = options.tiles.table_gradients
+    tile = _interleaved(options.tiles.table_gradients, num_keys)
     tables = _tables(call)
     table_gradients = _Launcher(
         *(table_gradients_kernel, tile, shape, len(tables) * _delta_blocks(num_keys, tile)),
         *(call.q, call.k, call.key_table, call.query_table, scratch.ds, scratch.skewed),
-        *(call.query_spans, call.spans, call.positions, _reach_of(call.spans), sums),
+        *(call.positions, _reach_of(call.spans), sums),
         *(length, num_keys, pitch),
         shares=sums.shape[0],
         TABLES=len(tables),
     )
     for chunk in chunks:
         fill_scratch(chunk)
-        if call.is_spread:
-            scratch.ds_t.zero_()
         score_gradients(chunk)
         if call.is_spread:
             _add_by_position(scratch, call.positions, chunk)
@@ -393,9 +395,12 @@ def _backward(
 
 def _fill_scratch(call: _Call, options: _Options, scratch: _Scratch) -> "_Launcher":
     length, num_keys = call.q.shape[1], call.k.shape[1]
-    tile = options.tiles.fill_scratch
-    rows = [x.shape[1] for x in (scratch.c2p, scratch.p2c) if x is not None]
-    blocks = sum(_ceil_div(count, tile.rows) for count in rows)
+    tile = _interleaved(options.tiles.fill_scratch, num_keys)
+    blocks = 0
+    if scratch.c2p is not None:
+        blocks += _row_blocks(length, tile, call.positions)
+    if scratch.p2c is not None:
+        blocks += _row_blocks(num_keys, tile)
     if scratch.keep is not None:
         blocks += _ceil_div(scratch.keep[0].numel(), KEEP_BLOCK)
     return _Launcher(
@@ -529,18 +534,32 @@ def _table_sums(call: _Call, tiles: Tiles) -> Tensor:
     """Zeros [S, U, T, H, D], for the gradients of T position tables in shares of the batch."""
     batch, _, heads, size = call.q.shape
     num_keys = call.k.shape[1]
-    shares = max(1, TABLE_PROGRAMS // _delta_blocks(num_keys, tiles.table_gradients))
-    shape = (min(batch, shares), 2 * num_keys - 1, len(_tables(call)), heads, size)
+    shares = max(
+        1, TABLE_PROGRAMS // (STRIDE.value * _delta_blocks(num_keys, tiles.table_gradients))
+    )
+    shape = (STRIDE.value * min(batch, shares), 2 * num_keys - 1, len(_tables(call)), heads, size)
     return torch.zeros(shape, dtype=torch.float32, device=call.q.device)
 
 
 def _delta_blocks(num_keys: int, tile: Tile) -> int:
-    return _ceil_div(2 * num_keys - 1, tile.columns)
+    return _ceil_div(_pitch(num_keys) + num_keys, tile.columns)
+
+
+def _interleaved(tile: Tile, rows: int) -> Tile:
+    """As many rows, of those that are STRIDE apart, as there are."""
+    wanted = 1 << (_ceil_div(rows, STRIDE.value) - 1).bit_length()
+    return tile._replace(rows=min(tile.rows, max(16, wanted)))
+
+
+def _row_blocks(rows: int, tile: Tile, positions: Tensor | None = None) -> int:
+    """Tiles of all rows, STRIDE of which share STRIDE * tile.rows rows; see `_rows_of`."""
+    stride = STRIDE.value if positions is None else 1
+    return stride * _ceil_div(rows, stride * tile.rows)
 
 
 def _reach_of(spans: Tensor) -> Tensor:
-    """[B, 2, M] -> [B], the largest delta in a document of each sample."""
-    return (spans[:, 1] - spans[:, 0]).amax(1)
+    """[B, 2, M] -> 0-d, the largest delta in a document."""
+    return (spans[:, 1] - spans[:, 0]).amax()
 
 
 def _sum_by_slot(sums: Tensor, call: _Call, scale: float) -> list[Tensor]:
@@ -675,24 +694,33 @@ def fill_scratch_kernel(
     sample, head, pair = _pair(first_sample, first_head, batch)
     block = tl.program_id(0)
     if C2P is not None:
-        if block < tl.cdiv(length, ROWS):
-            i = block * ROWS + tl.arange(0, ROWS)
-            position = _positions(POSITIONS, sample, i, length)
+        blocks = _row_blocks_of(length, POSITIONS, ROWS)
+        if block < blocks:
+            i, start, base = _rows_of(block, POSITIONS, sample, length, ROWS)
             first, last = _spans(QUERY_SPANS, sample, i, length)
             at = _rows(Q, sample * length, head, i, H, D)
             q = tl.load(at, mask=i[:, None] < length, other=0.0)
             at = C2P + pair * length * pitch + i[:, None] * pitch
-            _store_skewed(at, q, KEY_TABLE, position, first, last, head, num_keys, H, COLUMNS, 1)
-        block -= tl.cdiv(length, ROWS)
+            is_row = (i < length)[:, None]
+            _store_skewed(
+                at, q, KEY_TABLE, is_row, start, base, first, last, pitch, head, num_keys, H,
+                COLUMNS, 1
+            )  # fmt: skip
+        block -= blocks
     if P2C is not None:
-        if (block >= 0) & (block < tl.cdiv(num_keys, ROWS)):
-            j = block * ROWS + tl.arange(0, ROWS)
+        blocks = _row_blocks_of(num_keys, None, ROWS)
+        if (block >= 0) & (block < blocks):
+            j, start, base = _rows_of(block, None, sample, num_keys, ROWS)
             first, last = _spans(SPANS, sample, j, num_keys)
             at = _rows(K, sample * num_keys, head, j, H, D)
             k = tl.load(at, mask=j[:, None] < num_keys, other=0.0)
             at = P2C + pair * num_keys * pitch + j[:, None] * pitch
-            _store_skewed(at, k, QUERY_TABLE, j, first, last, head, num_keys, H, COLUMNS, -1)
-        block -= tl.cdiv(num_keys, ROWS)
+            is_row = (j < num_keys)[:, None]
+            _store_skewed(
+                at, k, QUERY_TABLE, is_row, start, base, first, last, pitch, head, num_keys, H,
+                COLUMNS, -1
+            )  # fmt: skip
+        block -= blocks
     if KEEP is not None:  # noqa: SIM102 (decided by the compiler, the other at run time)
         if block >= 0:
             index = block * BLOCK + tl.arange(0, BLOCK)
@@ -705,9 +733,12 @@ def _store_skewed(
     AT,  # [ROWS, 1], first columns of the rows
     states,  # [ROWS, D]
     TABLE,  # [U, H, D]
-    position,  # [ROWS]
+    is_row,  # [ROWS, 1]
+    start,  # [ROWS], of `_rows_of`
+    base,
     first,  # [ROWS]
     last,  # [ROWS]
+    pitch,
     head,
     num_keys,
     H: tl.constexpr,
@@ -715,14 +746,14 @@ def _store_skewed(
     SIGN: tl.constexpr,
 ):
     """scores[i, i + e] = states_i . table[delta], delta = -e for queries and e for keys."""
-    e_first, e_last = _reach(first, last, position)
-    for e_start in range(e_first, e_last + 1, COLUMNS):
-        e = e_start + tl.arange(0, COLUMNS)
-        table = _load_table(TABLE, head, e, num_keys, H, states.shape[1], SIGN)
+    u_first, u_last = _reach(first, last, start)
+    for u_start in range((u_first >> 4) * 16, u_last + 1, COLUMNS):
+        u = u_start + tl.arange(0, COLUMNS)
+        table = _load_table(TABLE, head, u - base, num_keys, H, states.shape[1], SIGN)
         product = tl.dot(states, tl.trans(table), input_precision="ieee")  # [ROWS, COLUMNS]
-        column = position[:, None] + e[None, :]
-        inside = (column >= first[:, None]) & (column <= last[:, None])
-        tl.store(AT + column, product.to(states.dtype), mask=inside)
+        column = start[:, None] + u[None, :]
+        mask = is_row & (column >= 0) & (column < pitch)
+        tl.store(AT + column, product.to(states.dtype), mask=mask)
 
 
 @triton.jit
@@ -789,18 +820,21 @@ def attend_kernel(
         is_key = j < num_keys
         at_keys = _rows(K, sample * num_keys, head, j, H, D)
         k = tl.load(at_keys, mask=is_key[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, COLUMNS]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [ROWS, COLUMNS]
+        # Each term times the scale: an addition to the bare product would become a part of it,
+        # which loads nothing ahead of time.
         if C2P is not None:
             at = C2P + pair * length * pitch + (i[:, None] * pitch + j[None, :])
-            scores += tl.load(at, mask=is_row[:, None] & (j < pitch)[None, :], other=0.0)
+            c2p = tl.load(at, mask=is_row[:, None] & (j < pitch)[None, :], other=0.0)
+            scores += c2p.to(tl.float32) * score_scale
         if P2C is not None:
             at = P2C + pair * num_keys * pitch + (j[:, None] * pitch + position[None, :])
             p2c = tl.load(at, mask=is_key[:, None] & (position < pitch)[None, :], other=0.0)
-            scores += tl.trans(p2c)
+            scores += tl.trans(p2c).to(tl.float32) * score_scale
         key_document = tl.load(DOCUMENTS + sample * num_keys + j, mask=is_key, other=0)
         # Scratch outside the documents was never written: selected away here, whatever it holds.
         same = (document[:, None] == key_document[None, :]) & (document[:, None] != 0)
-        scores = tl.where(same, scores * score_scale, float("-inf"))
+        scores = tl.where(same, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         reference = tl.where(higher == float("-inf"), 0.0, higher)
         probs = tl.math.exp2(scores - reference[:, None])
@@ -880,6 +914,7 @@ def score_gradients_kernel(
     """Owns a block of keys, walks along the queries; tiles are [keys, queries].
 
     DS may be C2P, and DS_T may be P2C: a tile is read before it is written, and by nobody else.
+    All of it is written, for its readers ask for no documents: zeros where nothing attends.
     It leaves out the factor `scale`: large enough for fp16 as it is.
     """
     sample, head, pair = _pair(first_sample, first_head, batch)
@@ -890,26 +925,27 @@ def score_gradients_kernel(
     k = tl.load(_rows(K, sample * num_keys, head, j, H, D), mask=is_key[:, None], other=0.0)
     v = tl.load(_rows(V, sample * num_keys, head, j, H, D), mask=is_key[:, None], other=0.0)
     dv = tl.zeros([ROWS, D], tl.float32)
-    for block in range(tl.min(first) // COLUMNS, tl.max(last) // COLUMNS + 1):
+    begin, end = tl.min(first) // COLUMNS, tl.max(last) // COLUMNS + 1
+    for block in range(begin, end):
         i = block * COLUMNS + tl.arange(0, COLUMNS)
         is_row = i < length
         position = _positions(POSITIONS, sample, i, length)
         q = tl.load(_rows(Q, sample * length, head, i, H, D), mask=is_row[:, None], other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [ROWS, COLUMNS]
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * score_scale  # [ROWS, COLUMNS]
         if P2C is not None:
             at = P2C + pair * num_keys * pitch + (j[:, None] * pitch + position[None, :])
-            mask = is_key[:, None] & (position < pitch)[None, :]
-            scores += tl.load(at, mask=mask, other=0.0)
+            p2c = tl.load(at, mask=is_key[:, None] & (position < pitch)[None, :], other=0.0)
+            scores += p2c.to(tl.float32) * score_scale
         if C2P is not None:
             at = C2P + pair * length * pitch + (i[:, None] * pitch + j[None, :])
             c2p = tl.load(at, mask=is_row[:, None] & (j < pitch)[None, :], other=0.0)
-            scores += tl.trans(c2p)
+            scores += tl.trans(c2p).to(tl.float32) * score_scale
         at_row = (sample * H + head) * length + i
         lse = tl.load(LSE + at_row, mask=is_row, other=0.0)
         dots = tl.load(DOTS + at_row, mask=is_row, other=0.0)
         query_document = tl.load(QUERY_DOCUMENTS + sample * length + i, mask=is_row, other=0)
         same = (document[:, None] == query_document[None, :]) & (document[:, None] != 0)
-        probs = tl.where(same, tl.math.exp2(scores * score_scale - lse[None, :]), 0.0)
+        probs = tl.where(same, tl.math.exp2(scores - lse[None, :]), 0.0)
         at_grad = _rows(GRAD_OUT, sample * length, head, i, H, D)
         grad_out = tl.load(at_grad, mask=is_row[:, None], other=0.0)
         grad_probs = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [ROWS, COLUMNS]
@@ -924,6 +960,14 @@ def score_gradients_kernel(
         tl.store(at, ds, mask=is_key[:, None] & (i < query_pitch)[None, :])
         at = DS + pair * length * pitch + (i[:, None] * pitch + j[None, :])
         tl.store(at, tl.trans(ds), mask=is_row[:, None] & (j < pitch)[None, :])
+    zeros = tl.zeros([ROWS, COLUMNS], DS.dtype.element_ty)
+    for block in range(tl.cdiv(query_pitch, COLUMNS)):
+        if (block < begin) | (block >= end):
+            i = block * COLUMNS + tl.arange(0, COLUMNS)
+            at = DS_T + pair * num_keys * query_pitch + (j[:, None] * query_pitch + i[None, :])
+            tl.store(at, zeros, mask=is_key[:, None] & (i < query_pitch)[None, :])
+            at = DS + pair * length * pitch + (i[:, None] * pitch + j[None, :])
+            tl.store(at, tl.trans(zeros), mask=(i < length)[:, None] & (j < pitch)[None, :])
     at_dv = _rows(DV, sample * num_keys, head, j, H, D)
     tl.store(at_dv, (dv * keep_scale).to(DV.dtype.element_ty), mask=is_key[:, None])
 
@@ -962,33 +1006,37 @@ def state_gradients_kernel(
     """
     sample, head, pair = _pair(first_sample, first_head, batch)
     block = tl.program_id(0)
-    if block < tl.cdiv(length, ROWS):
-        i = block * ROWS + tl.arange(0, ROWS)
+    blocks = _row_blocks_of(length, POSITIONS, ROWS)
+    if block < blocks:
+        i, start, base = _rows_of(block, POSITIONS, sample, length, ROWS)
         is_row = (i < length)[:, None]
         first, last = _spans(QUERY_SPANS, sample, i, length)
         ds = DS + pair * length * pitch + i[:, None] * pitch
-        start = sample * num_keys
-        dq = _times_states(ds, is_row, K, first, last, start, num_keys, pitch, head, H, D, COLUMNS)
+        others = sample * num_keys
+        dq = _times_states(ds, is_row, K, first, last, others, num_keys, pitch, head, H, D, COLUMNS)
         if KEY_TABLE is not None:
-            position = _positions(POSITIONS, sample, i, length)
             dq = _add_skewed(
-                dq, ds, KEY_TABLE, position, first, last, head, num_keys, H, COLUMNS, 1
-            )
+                dq, ds, KEY_TABLE, is_row, start, base, first, last, pitch, head, num_keys, H,
+                COLUMNS, 1
+            )  # fmt: skip
         at = _rows(DQ, sample * length, head, i, H, D)
         tl.store(at, (dq * scale).to(DQ.dtype.element_ty), mask=is_row)
     else:
-        j = (block - tl.cdiv(length, ROWS)) * ROWS + tl.arange(0, ROWS)
+        j, start, base = _rows_of(block - blocks, None, sample, num_keys, ROWS)
         is_key = (j < num_keys)[:, None]
         first, last = _spans(KEY_SPANS, sample, j, num_keys)
         ds = DS_T + pair * num_keys * query_pitch + j[:, None] * query_pitch
-        start = sample * length
+        others = sample * length
         dk = _times_states(
-            ds, is_key, Q, first, last, start, length, query_pitch, head, H, D, COLUMNS
+            ds, is_key, Q, first, last, others, length, query_pitch, head, H, D, COLUMNS
         )
         if QUERY_TABLE is not None:
             first, last = _spans(SPANS, sample, j, num_keys)
             ds = SKEWED + pair * num_keys * pitch + j[:, None] * pitch
-            dk = _add_skewed(dk, ds, QUERY_TABLE, j, first, last, head, num_keys, H, COLUMNS, -1)
+            dk = _add_skewed(
+                dk, ds, QUERY_TABLE, is_key, start, base, first, last, pitch, head, num_keys, H,
+                COLUMNS, -1
+            )  # fmt: skip
         at = _rows(DK, sample * num_keys, head, j, H, D)
         tl.store(at, (dk * scale).to(DK.dtype.element_ty), mask=is_key)
 
@@ -1013,8 +1061,6 @@ def _times_states(
     for block in range(tl.min(first) // COLUMNS, tl.max(last) // COLUMNS + 1):
         j = block * COLUMNS + tl.arange(0, COLUMNS)
         ds = tl.load(DS + j[None, :], mask=is_row & (j < pitch)[None, :], other=0.0)
-        inside = (j[None, :] >= first[:, None]) & (j[None, :] <= last[:, None])
-        ds = tl.where(inside, ds, 0.0).to(DS.dtype.element_ty)
         at = _rows(STATES, start, head, j, H, D)
         states = tl.load(at, mask=j[:, None] < columns, other=0.0)
         total += tl.dot(ds, states, input_precision="ieee")
@@ -1026,9 +1072,12 @@ def _add_skewed(
     total,  # [ROWS, D]
     DS,  # [ROWS, 1], first columns of the rows
     TABLE,  # [U, H, D]
-    position,  # [ROWS]
+    is_row,  # [ROWS, 1]
+    start,  # [ROWS], of `_rows_of`
+    base,
     first,  # [ROWS]
     last,  # [ROWS]
+    pitch,
     head,
     num_keys,
     H: tl.constexpr,
@@ -1036,13 +1085,12 @@ def _add_skewed(
     SIGN: tl.constexpr,
 ):
     """Add the sum of ds[i, i + e] table[delta] over the span of each row."""
-    e_first, e_last = _reach(first, last, position)
-    for e_start in range(e_first, e_last + 1, COLUMNS):
-        e = e_start + tl.arange(0, COLUMNS)
-        column = position[:, None] + e[None, :]
-        inside = (column >= first[:, None]) & (column <= last[:, None])
-        ds = tl.load(DS + column, mask=inside, other=0.0)
-        table = _load_table(TABLE, head, e, num_keys, H, total.shape[1], SIGN)
+    u_first, u_last = _reach(first, last, start)
+    for u_start in range((u_first >> 4) * 16, u_last + 1, COLUMNS):
+        u = u_start + tl.arange(0, COLUMNS)
+        column = start[:, None] + u[None, :]
+        ds = tl.load(DS + column, mask=is_row & (column >= 0) & (column < pitch), other=0.0)
+        table = _load_table(TABLE, head, u - base, num_keys, H, total.shape[1], SIGN)
         total += tl.dot(ds, table, input_precision="ieee")
     return total
 
@@ -1055,10 +1103,8 @@ def table_gradients_kernel(
     QUERY_TABLE,  # [U, H, D] or None
     DS,  # [N, L, C]
     SKEWED,  # [N, M, C]; its columns are positions of queries
-    QUERY_SPANS,  # [B, 2, L]
-    SPANS,  # [B, 2, M]
     POSITIONS,  # [B, L] or None
-    REACH,  # [B]
+    REACH,  # 0-d
     SUMS,  # [S, U, T, H, D] float32, of T tables
     length,
     num_keys,
@@ -1074,16 +1120,17 @@ def table_gradients_kernel(
 ):
     """First come the programs of the table of keys, then those of the table of queries.
 
-    A program owns some deltas, of a share of the batch. Sample b is always in share b % S, and sums
-    are carried on from chunk to chunk: the result does not depend on the chunks.
+    A program owns some deltas, of the even or the odd rows (STRIDE) of a share of the batch. Sample
+    b is always in the share b modulo their number, and sums are carried on from chunk to chunk: the
+    result does not depend on the chunks.
     """
     head = first_head + tl.program_id(2)
     block = tl.program_id(0)
-    blocks = tl.cdiv(2 * num_keys - 1, COLUMNS)
+    blocks = tl.cdiv(pitch + num_keys, COLUMNS)
     if KEY_TABLE is not None:
         if block < blocks:
             _add_to_table(
-                SUMS, Q, DS, QUERY_SPANS, POSITIONS, REACH, block, head, head, length, num_keys,
+                SUMS, Q, DS, POSITIONS, REACH, block, head, head, length, num_keys,
                 pitch, first_sample, batch, H, D, ROWS, COLUMNS, 1, TABLES
             )  # fmt: skip
         block -= blocks
@@ -1091,7 +1138,7 @@ def table_gradients_kernel(
         if block >= 0:
             last_head = (TABLES - 1) * H + head
             _add_to_table(
-                SUMS, K, SKEWED, SPANS, None, REACH, block, head, last_head, num_keys, num_keys,
+                SUMS, K, SKEWED, None, REACH, block, head, last_head, num_keys, num_keys,
                 pitch, first_sample, batch, H, D, ROWS, COLUMNS, -1, TABLES
             )  # fmt: skip
 
@@ -1101,9 +1148,8 @@ def _add_to_table(
     SUMS,  # [S, U, T * H, D] float32
     STATES,  # [B, L, H, D]
     DS,  # [N, L, C]; its columns are positions
-    SPANS,  # [B, 2, L]
     POSITIONS,  # [B, L] or None
-    REACH,  # [B]
+    REACH,  # 0-d
     block,
     head,
     table_head,
@@ -1120,34 +1166,46 @@ def _add_to_table(
     TABLES: tl.constexpr,
 ):
     """sums[share, delta] += sum over the samples of a share and over i of ds[i, i + e] states_i."""
-    share = tl.program_id(1)
-    shares = tl.num_programs(1)
-    e_first = block * COLUMNS - (num_keys - 1)
+    share = tl.program_id(1) // STRIDE
+    shares = tl.num_programs(1) // STRIDE
+    base = tl.program_id(1) % STRIDE  # the first row
+    u = block * COLUMNS - pitch
+    e_first = u
+    if POSITIONS is None:  # even columns of odd rows, too, and no delta less
+        u += STRIDE * base
+        e_first = u - base
+    u += tl.arange(0, COLUMNS)
     e_last = e_first + COLUMNS - 1
     e = e_first + tl.arange(0, COLUMNS)
     row = num_keys - 1 - SIGN * e
-    at_sums = _rows(SUMS, share * (2 * num_keys - 1), table_head, row, TABLES * H, D)
-    is_delta = (e < num_keys)[:, None]
+    at_sums = tl.program_id(1) * (2 * num_keys - 1)
+    at_sums = _rows(SUMS, at_sums, table_head, row, TABLES * H, D)
+    is_delta = ((e < num_keys) & (e > -num_keys))[:, None]
     sums = tl.load(at_sums, mask=is_delta, other=0.0)
-    for offset in range((share + shares - first_sample % shares) % shares, batch, shares):
+    begin, end = 0, length
+    if POSITIONS is None:
+        begin, end = tl.maximum(0, -e_last), tl.minimum(length, num_keys - e_first)
+    reach = tl.load(REACH)
+    end = tl.where((e_first > reach) | (e_last < -reach), begin, end)
+    begin = begin // (ROWS * STRIDE)
+    tiles = tl.maximum(tl.cdiv(end, ROWS * STRIDE) - begin, 0)
+    first_offset = (share + shares - first_sample % shares) % shares
+    # One loop over samples and rows, so that it fetches the next sample's ahead of time as well.
+    for step in range(tl.cdiv(batch - first_offset, shares) * tiles):
+        offset = first_offset + step // tiles * shares
         sample = first_sample + offset
         pair = (tl.program_id(2) * batch + offset).to(tl.int64)
-        reach = tl.load(REACH + sample)
-        start, stop = 0, length
-        if POSITIONS is None:
-            start, stop = tl.maximum(0, -e_last), tl.minimum(length, num_keys - e_first)
-        stop = tl.where((e_first > reach) | (e_last < -reach), start, stop)
-        for rows in range(start // ROWS, tl.cdiv(stop, ROWS)):
-            i = rows * ROWS + tl.arange(0, ROWS)
-            position = _positions(POSITIONS, sample, i, length)
-            first, last = _spans(SPANS, sample, i, length)
-            column = position[:, None] + e[None, :]
-            inside = (column >= first[:, None]) & (column <= last[:, None])
-            at = DS + pair * length * pitch + (i[:, None] * pitch + column)
-            ds = tl.load(at, mask=inside, other=0.0)
-            at = _rows(STATES, sample * length, head, i, H, D)
-            states = tl.load(at, mask=i[:, None] < length, other=0.0)
-            sums += tl.dot(tl.trans(ds), states, input_precision="ieee")
+        start = ((begin + step % tiles) * ROWS + tl.arange(0, ROWS)) * STRIDE
+        i = start + base
+        if POSITIONS is not None:
+            start = _positions(POSITIONS, sample, i, length)
+        is_row = (i < length)[:, None]
+        column = start[:, None] + u[None, :]
+        at = DS + pair * length * pitch + (i[:, None] * pitch + column)
+        ds = tl.load(at, mask=is_row & (column >= 0) & (column < pitch), other=0.0)
+        at = _rows(STATES, sample * length, head, i, H, D)
+        states = tl.load(at, mask=is_row, other=0.0)
+        sums += tl.dot(tl.trans(ds), states, input_precision="ieee")
     tl.store(at_sums, sums, mask=is_delta)
 
 
@@ -1219,6 +1277,27 @@ def _load_table(TABLE, head, e, num_keys, H: tl.constexpr, D: tl.constexpr, SIGN
     row = num_keys - 1 - SIGN * e
     mask = (row >= 0) & (row < 2 * num_keys - 1)
     return tl.load(_rows(TABLE, head * 0, head, row, H, D), mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def _row_blocks_of(rows, POSITIONS, ROWS: tl.constexpr):
+    if POSITIONS is not None:
+        return tl.cdiv(rows, ROWS)
+    return tl.cdiv(rows, ROWS * STRIDE) * STRIDE
+
+
+@triton.jit
+def _rows_of(block, POSITIONS, sample, length, ROWS: tl.constexpr):
+    """Return the rows of a tile, and [ROWS] start and base, which add up to their positions.
+
+    Rows that sit at their own positions are STRIDE apart, which then divides start.
+    """
+    if POSITIONS is not None:
+        i = block * ROWS + tl.arange(0, ROWS)
+        return i, _positions(POSITIONS, sample, i, length), 0
+    base = block // STRIDE * (ROWS * STRIDE) + block % STRIDE
+    start = tl.arange(0, ROWS) * STRIDE
+    return base + start, start, base
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Compile for GPUs that are not here whatever one call of the Triton attention launches.
 
 python compile_attention.py FILE CASE ...; each CASE is "sm_90 bfloat16 64 0.1 full": target, dtype,
-head size, dropout, and "full" (512 positions) or "odd" (77 queries of their own, 300 positions).
+head size, dropout, and "full" (512 positions), "short" (128) or "odd" (77 queries of their own, 300
+positions).
 Writes one JSON object: for each case and kernel, what the assembler says of it.
 
 It must run without TRITON_INTERPRET, so the tests run it as a process of its own.
@@ -45,12 +46,12 @@ def launches(dtype: torch.dtype, size: int, dropout_p: float, shape: str) -> lis
         return MagicMock(__getitem__=Mock(side_effect=launcher))
 
     heads, batch = 2, 2
-    length, queries = (512, 512) if shape == "full" else (300, 77)
+    length, queries = {"full": (512, 512), "short": (128, 128), "odd": (300, 77)}[shape]
     states = [
         torch.zeros(batch, heads, rows, size, dtype=dtype, requires_grad=True)
         for rows in (queries, length, length)
     ]
-    positions = None if shape == "full" else torch.zeros(batch, queries, dtype=torch.int64)
+    positions = torch.zeros(batch, queries, dtype=torch.int64) if shape == "odd" else None
     tables = [torch.zeros(heads, 8, size, dtype=dtype, requires_grad=True)] * 2
     recorders = {name: recorder(getattr(triton_attention, name)) for name in KERNELS}
     with patch.multiple(triton_attention, **recorders):
@@ -96,7 +97,7 @@ def compile_launch(kernel, args: tuple, flags: dict, target: GPUTarget):
 
 
 def describe(compiled) -> dict[str, int]:
-    """Registers, stack (spills), shared memory, and tensor core instructions."""
+    """Registers, stack (spills), shared memory, tensor core instructions, moves of 2 bytes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -114,6 +115,7 @@ def describe(compiled) -> dict[str, int]:
         "shared": compiled.metadata.shared,
         "HGMMA": dump.count("HGMMA"),
         "HMMA": len(re.findall(r"\bHMMA", dump)),
+        "2 bytes": len(re.findall(r"\b(?:LDG|STG)\S*\.U16", dump)),
     }
 
 
