@@ -58,7 +58,7 @@ bench: $(SETUP)
 STEP_GPU := benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512
 bench-gpu:
 	$(PYTHON) -m pytest -q -m gpu tests/kernels
-	$(PYTHON) benchmarks/attention.py --minutes 3 > benchmarks/results/attention_gpu.md
+	$(PYTHON) benchmarks/attention.py --minutes 2.5 > benchmarks/results/attention_gpu.md
 	$(PYTHON) $(STEP_GPU) > benchmarks/results/step_gpu.md
 	$(PYTHON) $(STEP_GPU) --attention triton --compile >> benchmarks/results/step_gpu.md
 	cat benchmarks/results/*_gpu.md

@@ -369,6 +369,27 @@ def test_the_chunks_after_the_first_are_launched_with_the_same_arguments(tmp_pat
     assert first == second
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
+@pytest.mark.parametrize("queries", [None, 20])
+def test_the_programs_of_a_launch_may_run_in_any_order(queries, monkeypatch):
+    """None reads what another one writes, though scores and their gradients share memory."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    case = Case(length=77, queries=queries, documents="packed", dropout_p=0.1, options=OWN_BLOCKS)
+    clean, mirrored = ours(case), 0
+    set_grid_idx = InterpreterBuilder.set_grid_idx
+
+    def backwards(builder, *place: int) -> None:
+        nonlocal mirrored
+        mirrored += max(builder.grid_dim) > 1
+        pairs = zip(builder.grid_dim, place, strict=True)
+        set_grid_idx(builder, *(size - 1 - i for size, i in pairs))
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+    assert_same_bits(ours(case), clean)
+    assert mirrored > 10
+
+
 def test_two_runs_give_the_same_bits():
     case = Case(length=77, documents="packed", dropout_p=0.1, dtype=FP16)
     assert_same_bits(ours(case), ours(case))
