@@ -54,7 +54,7 @@ bench: $(SETUP)
 	$(BIN)/python benchmarks/step.py
 
 # On one CUDA device, with whatever python has torch there: first what must be right, then what is
-# fast, in less than 8 minutes. All of attention's table: benchmarks/attention.py without --minutes.
+# fast. Meant for less than 8 minutes; all of attention's table: benchmarks/attention.py alone.
 STEP_GPU := benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512
 bench-gpu:
 	$(PYTHON) -m pytest -q -m gpu tests/kernels

@@ -393,8 +393,8 @@ def initialize_engine(
 def _finds_overflow(optimizer: Any) -> Tensor:
     """Whether a gradient is not finite, [1]: in the place of the method of ZeRO-1's and 2's.
 
-    DeepSpeed's own has 13 operations for each gradient: 4,000 in a step of deberta-v3-base's two
-    models, which a GPU's host needs longer to start than the whole update.
+    DeepSpeed's own has 13 operations for each gradient, 4,000 in a step of deberta-v3-base's two
+    models: two of three that the host would start.
     """
     grads = [grad for group in optimizer.averaged_gradients.values() for grad in group]
     grads = [grad for grad in grads if grad is not None and grad.numel()]
