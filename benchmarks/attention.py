@@ -9,8 +9,8 @@ matrix product of the same run. Without CUDA, a few small shapes and what runs o
 
 A call is timed with the host's work for it, which a training hides as long as it is the shorter
 one; "host" is that work alone. "GPU" is forward and backward replayed as a CUDA graph, without a
-host: rates and ratios are of it, and of calls where a contender has none, for it waits for the
-device.
+host; a contender that waits for the device has none. Rates are of the graph, else of calls. Ratios
+are of graph to graph, or of call to call where either side has no graph.
 
 "70%": rows are padded to lengths between 40% and 100%. FlashDeBERTa has no dropout at all, and
 plain SDPA no positions: it is the lower bound, with the operations that it has.
@@ -349,9 +349,10 @@ def measure(names: list[str], problem: Problem) -> dict[str, Times]:
         medians = (statistics.median(times[name][2:]) for times in (forward, total, host))
         peak = peak_memory(lambda n=name: both(n), problem)
         results[name] = Times(*medians, gpu=gpu, ratio=ratio, peak=peak)
-    if device == "cuda" and "eager" in results:
-        base = results["eager"].best
-        results = {name: x._replace(ratio=base / x.best) for name, x in results.items()}
+    if device == "cuda" and (eager := results.get("eager")):
+        for name, x in results.items():
+            ratio = eager.gpu / x.gpu
+            results[name] = x._replace(ratio=eager.total / x.total if math.isnan(ratio) else ratio)
     return results
 
 

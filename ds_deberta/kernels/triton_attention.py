@@ -698,10 +698,9 @@ def fill_scratch_kernel(
         if block < blocks:
             i, start, base = _rows_of(block, POSITIONS, sample, length, ROWS)
             first, last = _spans(QUERY_SPANS, sample, i, length)
-            at = _rows(Q, sample * length, head, i, H, D)
-            q = tl.load(at, mask=i[:, None] < length, other=0.0)
-            at = C2P + pair * length * pitch + i[:, None] * pitch
             is_row = (i < length)[:, None]
+            q = tl.load(_rows(Q, sample * length, head, i, H, D), mask=is_row, other=0.0)
+            at = C2P + pair * length * pitch + i[:, None] * pitch
             _store_skewed(
                 at, q, KEY_TABLE, is_row, start, base, first, last, pitch, head, num_keys, H,
                 COLUMNS, 1
@@ -712,10 +711,9 @@ def fill_scratch_kernel(
         if (block >= 0) & (block < blocks):
             j, start, base = _rows_of(block, None, sample, num_keys, ROWS)
             first, last = _spans(SPANS, sample, j, num_keys)
-            at = _rows(K, sample * num_keys, head, j, H, D)
-            k = tl.load(at, mask=j[:, None] < num_keys, other=0.0)
-            at = P2C + pair * num_keys * pitch + j[:, None] * pitch
             is_row = (j < num_keys)[:, None]
+            k = tl.load(_rows(K, sample * num_keys, head, j, H, D), mask=is_row, other=0.0)
+            at = P2C + pair * num_keys * pitch + j[:, None] * pitch
             _store_skewed(
                 at, k, QUERY_TABLE, is_row, start, base, first, last, pitch, head, num_keys, H,
                 COLUMNS, -1
