@@ -58,6 +58,7 @@ class Problem(NamedTuple):
     documents: Tensor  # [B, L]
     scale: float
     dropout_p: float
+    is_padded: bool
 
     @property
     def states(self) -> tuple[Tensor, ...]:
@@ -88,7 +89,8 @@ def make_problem(shape: str, fill: float, dropout_p: float, dtype, device: str) 
         lengths = (length * torch.linspace(2 * fill - 1, 1, batch, device=device)).long()
     documents = (torch.arange(length, device=device) < lengths[:, None]).int()
     slots = slot_table(CONFIG, length).to(device)
-    return Problem(*states, *tables, slots, documents, 1 / math.sqrt(3 * SIZE), dropout_p)
+    scale = 1 / math.sqrt(3 * SIZE)
+    return Problem(*states, *tables, slots, documents, scale, dropout_p, is_padded=fill < 1)
 
 
 def bias(problem: Problem) -> Tensor:
@@ -185,7 +187,8 @@ def run_flash_deberta(problem: Problem) -> Tensor:
 
 
 def run_disentangled_flash(problem: Problem) -> Tensor:
-    """The package disentangled-flash 1.1.1, where installed."""
+    """The package disentangled-flash 1.1.1, where installed, in blocks of its own choice."""
+    from disentangled_flash import tuning
     from disentangled_flash.position import SharedPositionPlanCache, pad_position_table
     from disentangled_flash.training._kernels import training_attention
 
@@ -193,19 +196,40 @@ def run_disentangled_flash(problem: Problem) -> Tensor:
         CACHE["plans"] = SharedPositionPlanCache(
             position_buckets=256, max_relative_positions=512, position_embedding_size=256
         )
-    plan = CACHE["plans"].compact(problem.q.shape[2], problem.q.device)
+        registry = tuning.ProfileRegistry.from_options(tuning.KernelTuningOptions())
+        CACHE["registry"] = tuning.register_profile_registry(registry)
+    batch, heads, length, _ = problem.q.shape
+    plan = CACHE["plans"].compact(length, problem.q.device)
+
+    def config(phase: str) -> tuning.KernelConfig:  # as its modules, by profile or rule
+        workload = (
+            *(tuning.length_family(length), SIZE, tuning.occupancy_family(batch * heads)),
+            *(plan.active_slots.numel(), str(problem.q.dtype)[6:], True, True, "strict"),
+            *("padded", problem.is_padded, phase, problem.dropout_p > 0),
+        )
+        device = torch.cuda.current_device()
+        return tuning.KernelConfig(
+            *tuning.resolve_launch_config(
+                CACHE["registry"], "auto", device, workload, batch * heads
+            )
+        )
+
     tables = (pad_position_table(x[:, plan.active_slots]) for x in problem.states[3:])
-    return training_attention(
+    out = training_attention(
         *problem.states[:3],
         *tables,
         plan.delta_to_local,
         problem.documents.bool(),
         score_scale=problem.scale,
-        has_padding=not bool(problem.documents.all()),
+        has_padding=problem.is_padded,
         strict_fp32=True,
+        forward_config=config("training_forward"),
+        dq_config=config("backward_dq"),
+        dkv_config=config("backward_dkv"),
         dropout_p=problem.dropout_p,
         gradient_band=plan.gradient_band,
-    )
+    )  # [B, L, H * D]
+    return out.unflatten(2, (heads, SIZE)).transpose(1, 2)
 
 
 CACHE: dict = {}
