@@ -64,7 +64,7 @@ Device = Literal["cpu", "gpu"]
 _SEND_AT_ONCE = 500_000_000  # numbers: DeepSpeed's all-reduce without ZeRO
 _SUB_GROUP = 1_000_000_000  # numbers: ZeRO-3 updates as many at a time
 _BY_PARAMETER = ("weights", "fp32 masters", "moments")  # as large as parameters are many
-_TRITON_SCRATCH = 48 * 2**20  # kernels.triton_attention.WORKSPACE_BYTES
+_TRITON_SCRATCH = 66 * 2**20  # kernels.triton_attention.WORKSPACE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -321,7 +321,7 @@ def run_worker(name: str, tmp_path: Path, *args: str) -> Any:
     return json.loads(report.read_text())
 
 
-@pytest.mark.parametrize(("batch", "length", "most"), [(32, 512, 80), (128, 128, 24)])
+@pytest.mark.parametrize(("batch", "length", "most"), [(32, 512, 40), (128, 128, 16)])
 def test_a_pass_is_few_launches_in_little_scratch(batch, length, most, monkeypatch):
     launched, cuts = [], []
 
