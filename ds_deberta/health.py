@@ -98,7 +98,7 @@ class Health:
         self._metrics.warn(
             "skipped",
             step,
-            f"the {names} was not updated: loss or gradients are not finite; samples "
+            f"no update of the {names}: loss or gradients are not finite; samples "
             f"{samples[0]}-{samples[1]}, {shown}",
             {"skipped": skipped, "first_sample": samples[0], "last_sample": samples[1]} | losses,
         )

@@ -68,7 +68,7 @@ def test_a_few_bad_steps_are_counted_and_written_down(done):
         (step, 4 * step - 4, 4 * step - 1) for step in (7, 8, 9, 10)
     ]
     assert all(r["skipped"] == ["model"] for r in lines(folder, "skipped"))
-    assert "the model was not updated: loss or gradients are not finite; samples 24-27" in (
+    assert "no update of the model: loss or gradients are not finite; samples 24-27" in (
         done.before.said
     )
     assert [r["skipped_steps_model"] for r in lines(folder, "train")] == [0, 4, 4]
