@@ -91,7 +91,8 @@ _BATCH_KEYS = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
-# Elements sent at once. Smaller ones cost more in latency than they hide.
+# Gradients are sent in buckets of that many elements or of two layers' weights: smaller ones cost
+# more, in latency and in the host's work for each, than they hide.
 _SMALLEST_BUCKET = 2**20
 # fp16's loss scale stays between min_loss_scale and this one, as in NVIDIA's Apex. DeepSpeed has
 # no bound above: it would go on doubling to infinity, whose gradients are never finite again.
@@ -136,11 +137,11 @@ class DeepSpeedFacts:
 
     def defaults(self) -> dict[str, Any]:
         """JSON path -> value that "auto" stands for, for facts that only the JSON owns."""
-        bucket = max(self.hidden_size**2, _SMALLEST_BUCKET)
+        matrix = max(self.hidden_size**2, _SMALLEST_BUCKET)
         return {
             "gradient_clipping": 1.0,
-            "zero_optimization.reduce_bucket_size": bucket,
-            "zero_optimization.stage3_prefetch_bucket_size": bucket * 9 // 10,
+            "zero_optimization.reduce_bucket_size": max(24 * self.hidden_size**2, _SMALLEST_BUCKET),
+            "zero_optimization.stage3_prefetch_bucket_size": matrix * 9 // 10,
             "zero_optimization.stage3_param_persistence_threshold": 10 * self.hidden_size,
         }
 

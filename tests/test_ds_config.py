@@ -78,6 +78,16 @@ def test_every_shipped_config_is_what_its_name_says(path, sixteen_processes):
             assert zero["zero_quantized_gradients"]
         case _:
             assert offload == {"optimizer": "none", "param": "none"}
+    if stage in ("zero1", "zero2"):  # or DeepSpeed lays each bucket flat, and copies it back
+        assert zero["reduce_scatter"] is False
+        assert config["prescale_gradients"] is True  # a sum of fp16 gradients may overflow
+
+
+@pytest.mark.parametrize(("hidden_size", "elements"), [(64, 2**20), (768, 24 * 768**2)])
+def test_a_bucket_holds_the_gradients_of_two_layers(hidden_size, elements):
+    path = ROOT / "ds_configs/zero1_fp32.json"
+    config = load_ds_config(path, replace(facts(), hidden_size=hidden_size))
+    assert config["zero_optimization"]["reduce_bucket_size"] == elements
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has what these need")
