@@ -60,7 +60,7 @@ STEP_GPU := benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512
 bench-gpu: export PYTHONPATH := .
 bench-gpu: END := $(shell expr $$(date +%s) + 440)
 bench-gpu:
-	$(PYTHON) -m pytest -q -m gpu tests/kernels
+	$(PYTHON) -m pytest -q -m gpu tests/kernels tests/objectives
 	$(PYTHON) $(STEP_GPU) > benchmarks/results/step_gpu.md
 	$(PYTHON) $(STEP_GPU) --attention triton --compile >> benchmarks/results/step_gpu.md
 	$(PYTHON) $(STEP_GPU) --attention triton --deepspeed_config zero0_bf16 >> benchmarks/results/step_gpu.md

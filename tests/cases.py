@@ -5,6 +5,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from ds_deberta.data import DebertaTokenizer, NGramMasker
+from ds_deberta.kernels import AttentionFn, disentangled_attention
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
 
 STEPS = 4
@@ -20,12 +21,19 @@ def allow_fp16_on_cpus() -> None:
     type(get_accelerator()).is_fp16_supported = lambda _: True  # type: ignore[method-assign]
 
 
-def build_models(objective: str, sharing: str, tokenizer: DebertaTokenizer) -> dict[str, nn.Module]:
+def build_models(
+    objective: str,
+    sharing: str,
+    tokenizer: DebertaTokenizer,
+    *,
+    hidden_size: int = 32,
+    attend: AttentionFn = disentangled_attention,
+) -> dict[str, nn.Module]:
     """Freshly initialised models, the same in every process."""
     torch.manual_seed(3)
     config = DebertaConfig(
         vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=32,
@@ -34,10 +42,10 @@ def build_models(objective: str, sharing: str, tokenizer: DebertaTokenizer) -> d
         attention_probs_dropout_prob=0.0,
     )
     if objective == "mlm":
-        return {"model": DebertaForMaskedLM(config)}
+        return {"model": DebertaForMaskedLM(config, attend)}
     return {
-        "generator": DebertaForMaskedLM(config),
-        "discriminator": DebertaForRTD(config, embedding_sharing=sharing),  # type: ignore[arg-type]
+        "generator": DebertaForMaskedLM(config, attend),
+        "discriminator": DebertaForRTD(config, attend, embedding_sharing=sharing),  # type: ignore[arg-type]
     }
 
 
