@@ -17,6 +17,7 @@ LrSchedule = Literal["linear", "cosine", "wsd", "constant"]
 # As the original: biases and LayerNorm weights are not decayed.
 _NO_DECAY = re.compile(r"bias|LayerNorm\.weight")
 _BLOCK_ELEMENTS = 2**21  # of a table; their gradient stays in a CPU's cache
+_DOT_PRODUCT = 2**15  # numbers of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +212,24 @@ def _held(param: Any) -> TableGradient | None:
 def _norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm of all of them, 0-d.
 
-    On a CPU from dot products, which all of its threads make: torch's norm of a matrix takes 1.7
-    times as long there, and its error is 40 times as great.
+    On a CPU from dot products, which all of its threads make: faster there than torch's norm of a
+    matrix, and its error is not 6e-6, nor 4e-5 for 3072 x 768, but 2e-7 at most.
     """
     if not grads or grads[0].device.type != "cpu":
         return nn.utils.get_total_norm(grads)
-    return torch.stack([each.dot(each) for each in map(torch.flatten, grads)]).sum().sqrt()
+    return torch.stack([_square(grad.flatten()) for grad in grads]).sum().sqrt()
+
+
+def _square(numbers: Tensor) -> Tensor:
+    """The sum of their squares, 0-d.
+
+    A long one in blocks: how far a dot product is off depends on the processor.
+    """
+    if len(numbers) < 8 * _DOT_PRODUCT:
+        return numbers.dot(numbers)
+    whole = len(numbers) // _DOT_PRODUCT * _DOT_PRODUCT
+    blocks, rest = numbers[:whole].view(-1, 1, _DOT_PRODUCT), numbers[whole:]
+    return (blocks @ blocks.mT).sum() + rest.dot(rest)
 
 
 def _block_height(table: Tensor) -> int:
