@@ -91,8 +91,8 @@ _BATCH_KEYS = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
-# Gradients are sent in buckets of that many elements or of two layers' weights: smaller ones cost
-# more, in latency and in the host's work for each, than they hide.
+# Gradients are sent in buckets as large as two layers, and at least of that many elements: smaller
+# ones cost more, in latency and in the host's work for each, than they hide.
 _SMALLEST_BUCKET = 2**20
 # fp16's loss scale stays between min_loss_scale and this one, as in NVIDIA's Apex. DeepSpeed has
 # no bound above: it would go on doubling to infinity, whose gradients are never finite again.
