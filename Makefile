@@ -53,9 +53,9 @@ test-faults: $(SETUP)
 bench: $(SETUP)
 	$(BIN)/python benchmarks/step.py
 
-# On one CUDA device, with whatever python has torch and deepspeed there: first what must be right,
-# then what is fast. Less than 8 minutes: the table of attention gets what the rest has left of them,
-# and says which of its problems it left out. All of them: benchmarks/attention.py alone.
+# On one CUDA device, with whatever python has torch, deepspeed and pytest there: first what must be
+# right, then what is fast. Meant for less than 8 minutes: attention's table gets what tests and steps
+# left of them, and says which of its problems it left out. All: benchmarks/attention.py alone.
 STEP_GPU := benchmarks/step.py --preset deberta-v3-base --rows 32 --length 512
 bench-gpu: export PYTHONPATH := .
 bench-gpu: END := $(shell expr $$(date +%s) + 440)

@@ -15,7 +15,7 @@ Read from the top: the function, the two registered operators, the launches, the
                 and transposed, where c2p and p2c were) -> state_gradients (dq, dk)
                 -> table_gradients
 
-All this runs for a chunk of (sample, head) pairs at a time, whose scratch is small enough to stay
+All this runs for a chunk of (sample, head) pairs at a time, whose scratch is meant to stay
 mostly in the L2 cache, and is used again by the next chunk. From forward to backward only the
 inputs, the output and one number for each row are kept. A chunk keeps a GPU busy for some
 microseconds a kernel: so a kernel does all the work that is ready, and a launch costs the host
@@ -42,8 +42,8 @@ HEAD_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
 WORKSPACE_BYTES = 66 * 2**20
-"""Scratch of one chunk, near what the L2 cache of a large GPU holds: 64 pairs at 512 positions,
-whose programs fill such a GPU more than once. Half of it takes the host 1.2 times as long."""
+"""Scratch of one chunk: 64 pairs at 512 positions. Half of it takes the host 1.2 times as long; but
+it is a little more than the L2 cache of a large GPU, where nothing has been measured yet."""
 KEEP_BLOCK = 1024
 """Words of the dropout that one program of `fill_scratch_kernel` draws."""
 STRIDE = tl.constexpr(2)
