@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from ds_deberta.engine import Engine, _finds_overflow, initialize_engine
+from ds_deberta.engine import Engine, _global_norm, initialize_engine
 from ds_deberta.optim import OptimConfig
 from tests.launch import ROOT, clean_environment
 
@@ -39,23 +39,41 @@ def test_the_cpu_needs_no_shared_memory_op():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_gradient_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype):
-    greatest = torch.finfo(dtype).max
-    grads = [torch.full((3, 2), greatest, dtype=dtype), torch.zeros(0, dtype=dtype)]
-    grads += [torch.full((4,), -greatest, dtype=dtype)]
-    optimizer = SimpleNamespace(averaged_gradients={0: [None, *grads[:2]], 1: grads[2:]})
-    assert _finds_overflow(optimizer).tolist() == [False]
+def test_the_norm_under_zero_is_that_of_all_ranks_gradients(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    """In single precision, whatever theirs; not finite as soon as one of them is not."""
+    torch.manual_seed(0)
+    theirs = torch.tensor(3.0)
+
+    def all_reduce(square: torch.Tensor, group: object) -> None:
+        assert group == "all ranks"
+        square += theirs
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    grads = [torch.randn(700, 500).to(dtype), torch.zeros(0, dtype=dtype), torch.ones(3).to(dtype)]
+    optimizer = SimpleNamespace(
+        averaged_gradients={0: [None, *grads[:2]], 1: grads[2:]},
+        device=torch.device("cpu"),
+        dp_process_group="all ranks",
+    )
+    truth = (sum(grad.double().square().sum() for grad in grads) + theirs).sqrt()
+    torch.testing.assert_close(_global_norm(optimizer).double(), truth, rtol=1e-6, atol=0)
     for grad in (grads[0][1], grads[2]):
         for value in (math.nan, math.inf, -math.inf):
             before, grad[1] = grad[1].item(), value
-            assert _finds_overflow(optimizer).tolist() == [True]
+            assert not _global_norm(optimizer).isfinite()
             grad[1] = before
-    assert _finds_overflow(optimizer).tolist() == [False]
+    assert _global_norm(optimizer).isfinite()
+    theirs.fill_(math.nan)
+    assert not _global_norm(optimizer).isfinite()
 
 
-def test_deepspeed_asks_where_the_answer_is_ours():
-    asked = inspect.getsource(DeepSpeedZeroOptimizer.has_overflow)
-    assert "self.has_overflow_partitioned_grads_serial()" in asked
+def test_deepspeed_asks_where_the_answers_are_ours():
+    asked = inspect.getsource(DeepSpeedZeroOptimizer.step)
+    assert "self.check_overflow(partition_gradients=" in asked
+    assert "scaled_global_grad_norm = self.scaled_global_norm()" in asked
+    assert "is_invalid_grad_norm(scaled_global_grad_norm)" in asked
 
 
 _IN_PARTS = """
