@@ -406,7 +406,7 @@ def _global_norm(optimizer: Any) -> Tensor:
     the outcome from the device eight times: here the host waits for the device once.
     """
     grads = [grad for group in optimizer.averaged_gradients.values() for grad in group]
-    grads = [grad.float() for grad in grads if grad is not None and grad.numel()]
+    grads = [grad for grad in grads if grad is not None and grad.numel()]
     square = global_norm(grads).square().to(optimizer.device)
     torch.distributed.all_reduce(square, group=optimizer.dp_process_group)
     return square.sqrt().cpu()

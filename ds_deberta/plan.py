@@ -17,7 +17,7 @@ On the way, one model after the other, whichever is most:
     forward, backward   activations; gradients as long as the stage keeps them: 0 and 1 all, 2 the
                         w P/N of this process, twice if it adds up micro-batches; 3 also the
                         gathered weights, until their gradients are there
-    norm                stages 1 to 3: its gradients, w P/N, and the largest of them in fp64
+    norm                3, or offloaded: its gradients, w P/N, and the largest of them in fp64
     update              0: gradients, and a copy to send, of 5e8 numbers at most. 1 to 3: its
                         gradients three times: as received, laid flat, in fp32
 
@@ -138,7 +138,7 @@ def footprint(shape: Shape, ds_config: Mapping[str, Any], processes: int) -> Foo
     stage = zero_stage(ds_config)
     options = ds_config.get("zero_optimization", {})
     engines = {
-        name: _engine_bytes(sizes, shape, options, stage, processes)
+        name: _engine_bytes(sizes, shape, ds_config, processes)
         for name, sizes in trace.sizes.items()
     }
     kept: dict[str, float] = {}
@@ -196,9 +196,10 @@ class _EngineBytes:
 
 
 def _engine_bytes(
-    sizes: tuple[int, ...], shape: Shape, options: Mapping[str, Any], stage: int, processes: int
+    sizes: tuple[int, ...], shape: Shape, ds_config: Mapping[str, Any], processes: int
 ) -> _EngineBytes:
     """What DeepSpeed allocates for a model whose parameters have these sizes."""
+    stage, options = zero_stage(ds_config), ds_config.get("zero_optimization", {})
     w, count = shape.weight_bytes, sum(sizes)
     if stage == 0:
         copy = 4.0 * min(count, _SEND_AT_ONCE) if processes > 1 else 0.0
@@ -207,7 +208,8 @@ def _engine_bytes(
     kept = {"weights": float(w * count), "fp32 masters": 4 * share, "moments": 8 * share}
     bucket = w * float(options.get("reduce_bucket_size", 5e8))
     gradients = w * share
-    norm = 8 * min(max(sizes), share)
+    is_ours = stage < 3 and offload_device(ds_config, "optimizer") == "none"
+    norm = 0.0 if is_ours else 8 * min(max(sizes), share)
     if stage == 3:
         threshold = options.get("stage3_param_persistence_threshold", 1e5)
         kept["weights"] = w * (share + sum(size for size in sizes if size <= threshold))
