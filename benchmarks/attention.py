@@ -1,6 +1,7 @@
 """Disentangled attention alone: every implementation at hand, forward and backward, one table.
 
     python benchmarks/attention.py [--shapes 32x12x512] [--only triton,eager] [--minutes 5]
+    python benchmarks/attention.py --shapes 32x12x512,128x12x128 --only triton --workspaces 33 132
 
 Each contender is first compared with a float64 definition; if one of ours fails, the status is 1.
 They run in turns; times are medians, with a cold L2 cache. TFLOP/s counts 2U + 2G forward and
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ SHAPES = ["32x12x512", "128x12x128", "32x12x128", "16x12x1024", "32x12x1024", "8
 SHAPES += ["32x12x2048", "32x4x512", "32x16x512", "256x12x512"]
 CPU_SHAPES = ["8x4x128", "4x6x128", "2x12x512"]
 SECONDS = {"cpu": 1.0, "cuda": 0.1}  # for each contender and problem, and again for replays
-OURS = ("triton", "reference", "cpu")
+OURS = ["triton", "reference", "cpu"]
 LOWER_BOUND = "SDPA, no positions"
 CONFIG = MODELS["deberta-v3-base"]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -138,11 +140,11 @@ def run_reference(problem: Problem) -> Tensor:
     return reference(*problem.states, **problem.options)
 
 
-def run_triton(problem: Problem) -> Tensor:
+def run_triton(problem: Problem, **tuning: int) -> Tensor:
     """The Triton kernels of this project."""
     from ds_deberta.kernels import triton_attention
 
-    return triton_attention.disentangled_attention(*problem.states, **problem.options)
+    return triton_attention.disentangled_attention(*problem.states, **problem.options, **tuning)
 
 
 def run_cpu(problem: Problem) -> Tensor:
@@ -418,6 +420,9 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(shapes), help="batch x heads x length, ...")
     parser.add_argument("--only", default=None, help="contenders, separated by commas")
     parser.add_argument(
+        "--workspaces", type=int, nargs="+", default=[], help="MiB of scratch for triton"
+    )
+    parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no further problem after them"
     )
     on_cpu = "bfloat16,float32" if computes_in_bf16() else "float32"
@@ -428,6 +433,13 @@ def main() -> None:
         if absent := set(options.only.split(",")) - set(names):
             parser.error(f"--only: {', '.join(absent)} can not run here; {', '.join(names)} can")
         names = [name for name in names if name in options.only.split(",")]
+    if options.workspaces and device == "cpu":
+        parser.error("--workspaces: triton can not run here")
+    for size in options.workspaces:
+        name = f"triton, {size} MiB"
+        CONTENDERS[name] = partial(run_triton, workspace_bytes=size * 2**20)
+        OURS.append(name)
+        names.append(name)
     end = time.perf_counter() + 60 * options.minutes
     initialize(seed=0)
     print(f"`python {' '.join(sys.argv)}`: {processor()}, torch {torch.__version__}")

@@ -43,7 +43,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
 WORKSPACE_BYTES = 66 * 2**20
 """Scratch of one chunk: 64 pairs at 512 positions. Half of it takes the host 1.2 times as long; but
-it is a little more than the L2 cache of a large GPU, where nothing has been measured yet."""
+it is a little more than the L2 cache of a large GPU, where nothing has been measured yet:
+`benchmarks/attention.py --workspaces` does."""
 KEEP_BLOCK = 1024
 """Words of the dropout that one program of `fill_scratch_kernel` draws."""
 STRIDE = tl.constexpr(2)
