@@ -208,8 +208,8 @@ def _engine_bytes(
     kept = {"weights": float(w * count), "fp32 masters": 4 * share, "moments": 8 * share}
     bucket = w * float(options.get("reduce_bucket_size", 5e8))
     gradients = w * share
-    is_ours = stage < 3 and offload_device(ds_config, "optimizer") == "none"
-    norm = 0.0 if is_ours else 8 * min(max(sizes), share)
+    is_offloaded = offload_device(ds_config, "optimizer") != "none"
+    norm = 8 * min(max(sizes), share) if stage == 3 or is_offloaded else 0.0
     if stage == 3:
         threshold = options.get("stage3_param_persistence_threshold", 1e5)
         kept["weights"] = w * (share + sum(size for size in sizes if size <= threshold))
@@ -219,6 +219,8 @@ def _engine_bytes(
         kept["buckets"] = bucket
         part = min(share, _SUB_GROUP)
         return _EngineBytes(kept, 0.0, max(norm, part * (4 if w == 4 else w + 4)))
+    if is_offloaded:  # room for the largest gradient on its way, and for it where it goes
+        kept["buckets"] = kept["gradient buffers"] = float(w * max(sizes))
     backward = bucket * (2 if options.get("overlap_comm") else 1)
     if stage == 2:
         backward += gradients * (2 if shape.accumulates else 1)
