@@ -17,6 +17,7 @@ On the way, one model after the other, whichever is most:
     forward, backward   activations; gradients as long as the stage keeps them: 0 and 1 all, 2 the
                         w P/N of this process, twice if it adds up micro-batches; 3 also the
                         gathered weights, until their gradients are there
+    sending             1: all gradients, and of a bucket or a larger gradient a copy
     norm                3, or offloaded: its gradients, w P/N, and the largest of them in fp64
     update              0: gradients, and a copy to send, of 5e8 numbers at most. 1 to 3: its
                         gradients three times: as received, laid flat, in fp32
@@ -152,7 +153,8 @@ def footprint(shape: Shape, ds_config: Mapping[str, Any], processes: int) -> Foo
         gradients.append(engines[name].update + (0.0 if stage else with_gradients - without))
         peaks.append(without + gradients[-1])
         if stage == 1:  # all of them, until they are sent
-            gradients.append(with_gradients - without + gradients[0])
+            gradients.append(with_gradients - without + engines[name].sent)
+            peaks.append(without + gradients[-1])
     scratch = _TRITON_SCRATCH if shape.device == "gpu" and shape.attention != "reference" else 0
     activations = trace.peak["drop" if mode == "keep" else mode] + scratch
     host = disk = 0.0
@@ -191,6 +193,8 @@ class _EngineBytes:
     """All the time, by part."""
     backward: float
     """More until the end of the backward pass."""
+    sent: float
+    """More after it, beside all gradients, while stage 1 sends them."""
     update: float
     """More while gradients are measured and weights updated; besides what the ledger knows."""
 
@@ -203,7 +207,7 @@ def _engine_bytes(
     w, count = shape.weight_bytes, sum(sizes)
     if stage == 0:
         copy = 4.0 * min(count, _SEND_AT_ONCE) if processes > 1 else 0.0
-        return _EngineBytes({"weights": w * count, "moments": 8.0 * count}, 0.0, copy)
+        return _EngineBytes({"weights": w * count, "moments": 8.0 * count}, 0.0, 0.0, copy)
     share = count / processes
     kept = {"weights": float(w * count), "fp32 masters": 4 * share, "moments": 8 * share}
     bucket = w * float(options.get("reduce_bucket_size", 5e8))
@@ -218,14 +222,18 @@ def _engine_bytes(
         kept["gradient buffers"] = gradients
         kept["buckets"] = bucket
         part = min(share, _SUB_GROUP)
-        return _EngineBytes(kept, 0.0, max(norm, part * (4 if w == 4 else w + 4)))
+        return _EngineBytes(kept, 0.0, 0.0, max(norm, part * (4 if w == 4 else w + 4)))
     if is_offloaded:  # room for the largest gradient on its way, and for it where it goes
         kept["buckets"] = kept["gradient buffers"] = float(w * max(sizes))
-    backward = bucket * (2 if options.get("overlap_comm") else 1)
+    if options.get("contiguous_gradients", True) or is_offloaded:
+        backward = sent = bucket * (2 if options.get("overlap_comm") else 1)
+    else:  # a copy of what is sent at a time: a bucket, or a larger gradient alone
+        sent = min(w * count, max(bucket, w * max(sizes)))
+        backward = 0.0 if stage == 1 else sent
     if stage == 2:
         backward += gradients * (2 if shape.accumulates else 1)
     flat = gradients if w == 4 else gradients + 4 * share
-    return _EngineBytes(kept, backward, gradients + max(norm, flat))
+    return _EngineBytes(kept, backward, sent, gradients + max(norm, flat))
 
 
 # ---- One step on tensors without contents ----
@@ -562,6 +570,7 @@ def _at_stage(ds_config: Mapping[str, Any], stage: int) -> dict[str, Any]:
         options = {name: value for name, value in options.items() if name not in only_there}
         if offload_device(ds_config, "optimizer") == "nvme":
             del options["offload_optimizer"]
+        options["contiguous_gradients"] = stage > 1  # as in ds_configs/
     return dict(ds_config) | {"zero_optimization": options}
 
 

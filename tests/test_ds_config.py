@@ -78,7 +78,9 @@ def test_every_shipped_config_is_what_its_name_says(path, sixteen_processes):
             assert zero["zero_quantized_gradients"]
         case _:
             assert offload == {"optimizer": "none", "param": "none"}
-    if stage in ("zero1", "zero2"):  # or DeepSpeed lays each bucket flat, and copies it back
+    if stage == "zero1":  # or it copies each gradient to a bucket and out of it, one by one
+        assert zero["contiguous_gradients"] is False
+    if stage == "zero2":  # or DeepSpeed lays each bucket flat, and copies it back
         assert zero["reduce_scatter"] is False
         assert config["prescale_gradients"] is True  # a sum of fp16 gradients may overflow
 
