@@ -62,6 +62,8 @@ bench-gpu: export PYTHONPATH := .
 bench-gpu: END := $(shell expr $$(date +%s) + 440)
 bench-gpu: IN_TIME = timeout --foreground --verbose $$(($(END) + 30 - $$(date +%s))) $(PYTHON)
 bench-gpu:
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("bench-gpu needs a CUDA device; \
+	torch " + torch.__version__ + " sees none. Name a python whose torch does: make bench-gpu PYTHON=...")'
 	$(IN_TIME) -m pytest -q -m gpu tests/kernels tests/objectives
 	$(IN_TIME) $(STEP_GPU) > benchmarks/results/step_gpu.md
 	$(IN_TIME) $(STEP_GPU) --attention triton --compile >> benchmarks/results/step_gpu.md
