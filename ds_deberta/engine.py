@@ -26,6 +26,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed  # noqa: E402 - the accelerator and the log level must be set before
 import deepspeed.ops  # noqa: E402
+
+# An engine's finalizer imports it. In the midst of another import that breaks CPython 3.11's lock.
+import deepspeed.utils.pin_memory  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402

@@ -146,6 +146,39 @@ shutdown()
 """
 
 
+_END = """
+import gc
+import sys
+import torch
+from pathlib import Path
+from ds_deberta.distributed import initialize, shutdown
+from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.optim import OptimConfig
+
+initialize(seed=0)
+optim = OptimConfig(learning_rate=1e-3)
+facts = dict(train_batch_size=1, micro_batch_size=1, hidden_size=8, lr=1e-3, optim=optim)
+for name in ("zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32"):
+    config = load_ds_config(Path(f"ds_configs/{name}.json"), DeepSpeedFacts(**facts))
+    engine = initialize_engine(torch.nn.Linear(8, 8), config, optim=optim, lr=1e-3, total_steps=9)
+    engine.backward(engine(torch.ones(1, 8)).sum())
+    engine.step()
+    loaded = set(sys.modules)
+    del engine
+    gc.collect()
+    print(name, sorted(set(sys.modules) - loaded))
+shutdown()
+"""
+
+
+@pytest.mark.distributed
+def test_the_end_of_an_engine_imports_nothing():
+    """It may come in the midst of another import, which CPython 3.11 does not stand."""
+    command = [sys.executable, "-c", _END]
+    printed = subprocess.check_output(command, cwd=ROOT, env=clean_environment(), text=True)
+    assert printed.splitlines() == [f"zero{stage}_fp32 []" for stage in range(4)]
+
+
 _COMPILED = """
 import sys
 import torch
