@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from ds_deberta.data import DebertaTokenizer
+from ds_deberta.data.tokenizer import first_difference
 from ds_deberta.distributed import gather_objects, is_main, logger, rank, world_size
 from ds_deberta.model_state import (
     WEIGHTS,
@@ -186,8 +188,8 @@ class Checkpointer:
         Every rank must call it.
 
         Raises:
-            ValueError: the checkpoint belongs to a training with other settings; or there are
-                checkpoints, but none is whole.
+            ValueError: the checkpoint belongs to a training with other settings or another
+                vocabulary; or there are checkpoints, but none is whole.
         """
         if is_main():
             self._sweep()
@@ -196,6 +198,7 @@ class Checkpointer:
             self._warn_of_little_space(engines)
             return TrainState()
         path, description = chosen
+        self._check_vocabulary(path)
         changed = self._check_identity(path, description["identity"])
         for name, engine in engines.items():
             engine.restore(read_shards(path / name, description["numbers"][name]))
@@ -227,6 +230,7 @@ class Checkpointer:
         if chosen is None:
             return None
         path, description = chosen
+        self._check_vocabulary(path)
         self._check_identity(path, description["identity"])
         return path
 
@@ -312,6 +316,20 @@ class Checkpointer:
             "--output_dir"
         )
 
+    def _check_vocabulary(self, path: Path) -> None:
+        """Refuse a vocabulary whose ids mean other pieces: whatever is accepted."""
+        saved = path / "spm.model"
+        if saved.read_bytes() == self._vocab_file.read_bytes():
+            return
+        if found := first_difference(DebertaTokenizer(self._vocab_file), DebertaTokenizer(saved)):
+            number, ours, theirs = found
+            raise ValueError(
+                f"the vocabularies must be the same; id {number} is {ours!r} in "
+                f"{self._vocab_file} and {theirs!r} in {saved}. Resume with data of the "
+                f"checkpoint's vocabulary (prepare_data.py --vocab {saved}), or start a new run "
+                "with another --output_dir."
+            )
+
     def _check_identity(self, path: Path, saved: Mapping[str, Any]) -> dict[str, str]:
         """Return the accepted changes, name -> text."""
         different = {
@@ -359,7 +377,7 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_bytes())
         is_whole = description.get("sha256") == _digest(description)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise DamageError(f"{file} is damaged: it is no JSON") from None
     version = description.get("format_version")
     if "sha256" in description and not is_whole:

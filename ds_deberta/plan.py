@@ -608,10 +608,13 @@ def _lines_of_time(
 def _last_speed(metrics: Path) -> float | None:
     if not metrics.is_file():
         return None
-    entries = (json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}"))
-    return next(
-        (e["tokens_per_second"] for e in reversed(list(entries)) if "tokens_per_second" in e), None
-    )
+    for line in reversed(metrics.read_bytes().splitlines()):
+        try:
+            speed = json.loads(line)["tokens_per_second"]
+            return float(speed)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # of something else, or cut short by a crash
+    return None
 
 
 def _gib(count: float) -> str:

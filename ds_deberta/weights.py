@@ -185,7 +185,7 @@ def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}; get it again") from None
 
 

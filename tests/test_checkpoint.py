@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import sentencepiece_model_pb2
 
-from ds_deberta.checkpoint import Checkpointer, TrainState, read_description
+from ds_deberta.checkpoint import Checkpointer, DamageError, TrainState, read_description
 from ds_deberta.model_state import ModelState
 
 
@@ -46,10 +47,15 @@ class FakeEngine:
 
 
 def checkpointer(
-    tmp_path: Path, keep: int = 0, placement: dict | None = None, accept: tuple = (), **identity
+    tmp_path: Path,
+    keep: int = 0,
+    placement: dict | None = None,
+    accept: tuple = (),
+    vocabulary: bytes = b"pieces",
+    **identity,
 ) -> Checkpointer:
     vocab = tmp_path / "vocab"
-    vocab.write_text("pieces")
+    vocab.write_bytes(vocabulary)
     return Checkpointer(
         tmp_path / "run",
         keep=keep,
@@ -127,6 +133,33 @@ def test_accepted_changes_are_told_and_new_data_are_read_from_the_start(tmp_path
     assert resumed(checkpointer(tmp_path, data="b", seed=5)) == TrainState(20, 80)
 
 
+def test_a_vocabulary_with_other_pieces_is_refused_whatever_is_accepted(tmp_path, vocab_file):
+    def changed(change) -> bytes:
+        model = sentencepiece_model_pb2.ModelProto.FromString(vocab_file.read_bytes())
+        change(model.pieces)
+        return model.SerializeToString()
+
+    def swap(pieces) -> None:
+        pieces[260].piece, pieces[261].piece = pieces[261].piece, pieces[260].piece
+
+    def append(pieces) -> None:
+        pieces.add(piece="more", score=-9.0)
+
+    def score(pieces) -> None:
+        pieces[260].score -= 1
+
+    save(checkpointer(tmp_path, vocabulary=vocab_file.read_bytes()), 10)
+    for change, first in ((swap, 260), (append, 300)):
+        other = checkpointer(tmp_path, vocabulary=changed(change), data="b", accept=("data",))
+        for look in (lambda saver=other: resumed(saver), other.check):
+            with pytest.raises(ValueError, match=rf"vocabularies must be the same; id {first} is"):
+                look()
+    with pytest.raises(ValueError, match=r"--accept_changes data"):
+        resumed(checkpointer(tmp_path, vocabulary=changed(score), data="b"))
+    same = checkpointer(tmp_path, vocabulary=changed(score), data="b", accept=("data",))
+    assert resumed(same).step == 10
+
+
 def test_a_move_is_told_in_one_line(tmp_path, log):
     save(checkpointer(tmp_path), 10)
     resumed(checkpointer(tmp_path))
@@ -183,6 +216,9 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         read_description(tmp_path)
     (tmp_path / "checkpoint.json").write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match="format version 1, this program reads 2"):
+        read_description(tmp_path)
+    (tmp_path / "checkpoint.json").write_text("[" * 100_000)
+    with pytest.raises(DamageError, match="is damaged: it is no JSON"):
         read_description(tmp_path)
     old = tmp_path / "run/checkpoints/step_0000007"
     old.mkdir(parents=True)

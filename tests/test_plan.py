@@ -108,7 +108,9 @@ def test_a_large_run_is_planned_without_gpu_and_data(tmp_path):
             *("--deepspeed_config", str(ROOT / "ds_configs/zero1_fp16.json")),
         ]
     )
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "tokens_per_second": 1000.0}\n')
+    others = "\n".join(('{"step": 6}', "7", '{"a":' * 100_000, '{"tokens_per_second": 2, "st'))
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 5, "tokens_per_second": 1000.0}\n' + others)
     text = "\n".join(plan(run, "gpu", None))
     assert "Memory of each of 32 processes on a GPU" in text
     assert "(this run)" in text

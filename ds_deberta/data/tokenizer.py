@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,19 @@ class DebertaTokenizer:
         """Return the pieces as the vocabulary spells them."""
         mask = self.special.mask
         return [MASK_PIECE if i == mask else self._processor.id_to_piece(int(i)) for i in ids]
+
+
+def first_difference(
+    ours: DebertaTokenizer, theirs: DebertaTokenizer
+) -> tuple[int, str | None, str | None] | None:
+    """Return the first id that is not the same piece in both, and its pieces; None: all are."""
+    if ours.sha256 == theirs.sha256:
+        return None
+    pieces = (each.pieces(range(each.num_tokens)) for each in (ours, theirs))
+    for i, (one, other) in enumerate(zip_longest(*pieces)):
+        if one != other:
+            return i, one, other
+    return None
 
 
 def _load_processor(model: bytes, vocab_file: Path) -> SentencePieceProcessor:
