@@ -291,8 +291,10 @@ def build_train_batches(
     )
 
 
-def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Iterable[Batch]:
-    """This rank's share of the held-out rows."""
+def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Iterable[Batch] | None:
+    """This rank's share of the held-out rows; None if the data have none."""
+    if not held_out_rows(run):
+        return None
     return loader.build_valid_batches(
         data_dir=run.data.data_dir,
         tokenizer=tokenizer,
@@ -303,6 +305,12 @@ def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Ite
         world_size=world_size(),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def held_out_rows(run: PretrainConfig) -> int:
+    """How many rows the data hold out; 0 if they were prepared with `--valid_fraction 0`."""
+    split = Manifest.load(run.data.data_dir).splits.get("valid")
+    return split.rows if split else 0
 
 
 def build_checkpointer(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Checkpointer:
@@ -364,6 +372,16 @@ def describe_batch(run: PretrainConfig) -> str:
     return f"{world_size()} processes x {micro_batches} micro-batches x {rows} rows"
 
 
+def describe_evaluation(run: PretrainConfig) -> str:
+    """What each evaluation reads."""
+    if not (rows := held_out_rows(run)):
+        return (
+            f"none, because {run.data.data_dir} has no held-out rows: this run does not evaluate, "
+            "and cannot see a collapse"
+        )
+    return f"{rows:,} held-out rows"
+
+
 def build_metrics(
     run: PretrainConfig, tokenizer: DebertaTokenizer, device: torch.device, state: TrainState
 ) -> MetricTracker:
@@ -375,6 +393,7 @@ def build_metrics(
         (run.output_dir / "config.json").write_text(run.to_json() + "\n")
     logger.info("configuration, also in %s:\n%s", run.output_dir / "config.json", run.to_json())
     logger.info("each step: %s", describe_batch(run))
+    logger.info("each evaluation: %s", describe_evaluation(run))
     metrics = MetricTracker(
         run.output_dir,
         total_steps=run.train.num_training_steps,

@@ -42,7 +42,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_deberta.build import build_ds_configs, model_configs, training_flops
+from ds_deberta.build import (
+    build_ds_configs,
+    describe_evaluation,
+    model_configs,
+    training_flops,
+)
 from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, load_tokenizer
 from ds_deberta.data.loader import Batch
@@ -589,6 +594,7 @@ def _lines_of_time(
         train = Manifest.load(run.data.data_dir).splits["train"]
         epochs = steps * rows / max(1, train.rows)
         yield f"{epochs:,.2f} epochs over the {train.rows:,} rows of {run.data.data_dir}."
+        yield f"Each evaluation: {describe_evaluation(run)}."
     else:
         yield f"There is no data at {run.data.data_dir}: the preset's own vocabulary, no epochs."
     source = "--tokens_per_second"

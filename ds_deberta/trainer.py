@@ -76,7 +76,7 @@ class TrainConfig:
 def train(
     objective: Objective,
     train_batches: Iterator[list[Batch]],
-    valid_batches: Iterable[Batch],
+    valid_batches: Iterable[Batch] | None,
     state: TrainState,
     checkpointer: Checkpointer,
     metrics: MetricTracker,
@@ -93,6 +93,7 @@ def train(
     """Train until `num_training_steps`, logging, evaluating and saving on the way.
 
     Ends earlier, with a checkpoint, if `stop` is agreed on. Dropout is a function of seed and step.
+    Without `valid_batches` it does not evaluate.
     A checkpoint on the way is written in the background, and finished between two steps, once the
     ranks have told each other that all have written; at the latest before the next one.
 
@@ -106,6 +107,7 @@ def train(
     eval_interval = config.eval_interval or config.dump_interval
 
     def evaluate_now() -> None:
+        assert valid_batches is not None
         values, examples = evaluate(objective, watchdog.over(valid_batches), device)
         metrics.log_eval(state.step, values, as_text(examples, tokenizer))
         state.evaluation_pending = False
@@ -122,6 +124,8 @@ def train(
             watchdog.progress()
         return True
 
+    if valid_batches is None:
+        state.evaluation_pending = False
     if state.evaluation_pending:
         with metrics.paused():
             evaluate_now()
@@ -145,7 +149,8 @@ def train(
 
         ending = state.step == total_steps
         saving = state.step % config.dump_interval == 0 or ending
-        state.evaluation_pending = state.step % eval_interval == 0 or ending
+        evaluating = state.step % eval_interval == 0 or ending
+        state.evaluation_pending = evaluating and valid_batches is not None
         stopping = stop.agreed(
             now=saving or state.evaluation_pending, ready=not checkpointer.is_writing
         )

@@ -68,7 +68,7 @@ def validate(run: PretrainConfig, place: Place) -> Iterator[tuple[bool, str]]:
     )
     yield checks.make(
         "held-out rows",
-        lambda: build.build_valid_batches(in_this_process, tokenizer),
+        lambda: _check_evaluation(in_this_process, tokenizer),
         needs="vocabulary, batch",
     )
     yield checks.make("checksums", lambda: _verify(run), needs="vocabulary")
@@ -114,6 +114,11 @@ def _load_vocabulary(run: PretrainConfig) -> Any:
     tokenizer = load_tokenizer(run.data.data_dir)
     build_fast_tokenizer(tokenizer.vocab_file)
     return tokenizer
+
+
+def _check_evaluation(run: PretrainConfig, tokenizer: Any) -> str:
+    build.build_valid_batches(run, tokenizer)
+    return build.describe_evaluation(run)
 
 
 def _verify(run: PretrainConfig) -> str:

@@ -74,16 +74,17 @@ def write_data(
     *,
     max_seq_length: int = 32,
     documents_end_at: Sequence[int] = (),
+    valid_rows: int = 24,
 ) -> Path:
     """Make a data folder, packed if `documents_end_at` says where [SEP] [CLS] stands in a row."""
     (folder / "spm.model").write_bytes(vocab_file.read_bytes())
     tokenizer = DebertaTokenizer(folder / "spm.model")
     splits = {}
-    for split, rows, seed in (("train", 200, 1), ("valid", 24, 2)):
+    for split, rows, seed in (("train", 200, 1), ("valid", valid_rows, 2)):
         ids = np.array([i for line in sentences(600, seed) for i in tokenizer.encode(line)])
         lengths = np.where(np.arange(rows) % 7 == 0, 11, max_seq_length - 2)
         writer = ShardWriter(folder / split, rows_per_shard=64)
-        for row in np.split(ids[: lengths.sum()], np.cumsum(lengths)[:-1]):
+        for row in np.split(ids, np.cumsum(lengths))[:rows]:
             for end in (end for end in documents_end_at if end < len(row)):
                 row[end : end + 2] = [tokenizer.special.sep, tokenizer.special.cls]
             writer.write(row)

@@ -36,6 +36,7 @@ class Training:
         self.engine = FakeEngine(0)
         self.saver = checkpointer(folder)
         self.lost_at: int | None = None
+        self.valid_batches: list | None = []
 
     def train(self, steps: int, **config: object) -> None:
         no_metrics = SimpleNamespace(
@@ -52,7 +53,7 @@ class Training:
             trainer.train(
                 SimpleNamespace(train_step=self.step, engines={"model": self.engine}),
                 iter(lambda: [], None),
-                [],
+                self.valid_batches,
                 self.state,
                 self.saver,
                 no_metrics,
@@ -222,6 +223,20 @@ def test_a_lost_training_finishes_what_it_had_begun_to_save(tmp_path, writer):
     with pytest.raises(TrainingLostError):
         training.train(2 * DUMP)
     assert training.saved() == [DUMP]
+
+
+def test_a_training_without_held_out_rows_never_evaluates(tmp_path, monkeypatch):
+    """Also if an earlier start, on other data, left an evaluation for later."""
+    evaluated = []
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: evaluated.append(1) or ({}, {}))
+    training = Training(tmp_path, {})
+    training.valid_batches, training.state.evaluation_pending = None, True
+    training.train(3, eval_interval=1)
+    assert not evaluated
+    assert not training.state.evaluation_pending
+    training.valid_batches = []
+    training.train(5, eval_interval=1)
+    assert len(evaluated) == 2
 
 
 def test_training_waits_where_it_is_told_to(tmp_path, writer):

@@ -17,6 +17,7 @@ from ds_deberta.validate import (
     check_shm,
     validate,
 )
+from tests.conftest import write_data
 from tests.launch import ROOT, clean_environment
 
 ONE = find_place({})
@@ -80,6 +81,16 @@ def test_each_part_of_the_data_is_checked(command, data_dir, tmp_path):
     assert any(line.startswith("WRONG  vocabulary") for line in wrong(*command(data=data)))
     short = wrong(*command("--max_seq_length", "16"))
     assert any("max_seq_length must be at least" in line for line in short)
+
+
+def test_data_without_held_out_rows_are_right(command, vocab_file, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_data(data, vocab_file, valid_rows=0)
+    lines = [line for _, line in validate(parse(command(data=data)), ONE)]
+    (said,) = (line for line in lines if "held-out rows" in line)
+    assert said.startswith("ok     held-out rows: none, because")
+    assert not [line for line in lines if line.startswith("WRONG")]
 
 
 def test_a_batch_is_checked_for_the_planned_processes(command):
