@@ -332,10 +332,11 @@ class Checkpointer:
 
     def _check_identity(self, path: Path, saved: Mapping[str, Any]) -> dict[str, str]:
         """Return the accepted changes, name -> text."""
+        then, now = _compared(saved), _compared(self._identity)
         different = {
-            name: "; ".join(_differences(name, saved.get(name), self._identity.get(name)))
-            for name in sorted(saved.keys() | self._identity.keys())
-            if saved.get(name) != self._identity.get(name)
+            name: "; ".join(_differences(name, then.get(name), now.get(name)))
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
         }
         refused = [name for name in different if name not in self._accepted]
         if not refused:
@@ -518,6 +519,15 @@ def _write(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _compared(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a resume compares: not what only a fresh model's weights depend on."""
+    models = {
+        name: {key: value for key, value in config.items() if key != "initializer_range"}
+        for name, config in identity.get("models", {}).items()
+    }
+    return {**identity, "models": models}
 
 
 def _differences(name: str, then: Any, now: Any) -> Iterator[str]:

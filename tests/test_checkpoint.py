@@ -122,6 +122,17 @@ def test_other_settings_are_refused_by_name(tmp_path):
             checkpointer(tmp_path, accept=(name,))
 
 
+def test_what_only_fresh_weights_depend_on_is_not_compared(tmp_path):
+    """A preset's initializer_range may change between two versions of this program."""
+    models = {"model": {"layers": 2, "initializer_range": 0.02}}
+    save(checkpointer(tmp_path, models=models), 10)
+    models = {"model": {"layers": 2, "initializer_range": 0.05}}
+    assert resumed(checkpointer(tmp_path, models=models)).step == 10
+    models["model"]["layers"] = 3
+    with pytest.raises(ValueError, match=r"layers: 2 then, 3 now\)"):
+        resumed(checkpointer(tmp_path, models=models))
+
+
 def test_accepted_changes_are_told_and_new_data_are_read_from_the_start(tmp_path, log):
     save(checkpointer(tmp_path), 10)
     saver = checkpointer(tmp_path, data="b", seed=5, accept=("data", "seed"))
