@@ -11,10 +11,11 @@ import os
 import shutil
 import sys
 import traceback
+from functools import partial
 from typing import Any
 
 from ds_deberta import build
-from ds_deberta.agreement import check_agreement, check_data, check_output_dir
+from ds_deberta.agreement import check_agreement, check_data, check_output_dir, on_all_ranks
 from ds_deberta.checkpoint import SaveError
 from ds_deberta.config import Command, PretrainConfig, parse_command
 from ds_deberta.data import load_tokenizer
@@ -25,6 +26,7 @@ from ds_deberta.hf import export_checkpoint
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.plan import plan
+from ds_deberta.resolve import describe_padding, resolve
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
 from ds_deberta.validate import validate
@@ -44,9 +46,12 @@ def pretrain(run: PretrainConfig) -> int:
     """
     try:
         device = initialize(run.seed, expect_world_size=run.expect_world_size)
+        run = on_all_ranks(partial(resolve, run))
         check_agreement(run)
         check_output_dir(run.output_dir)
         check_data(run.data.data_dir)
+        if padding := describe_padding(run):
+            logger.warning(padding)
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(
             tokenizer.vocab_file
@@ -124,7 +129,8 @@ def look_ahead(command: Command) -> int:
             print(line, flush=True)  # noqa: T201
             status = status if is_right else 2
         if command.plan and place.rank == 0:
-            for line in plan(command.run, command.plan, command.tokens_per_second):
+            run = resolve(command.run, needs_data=False)
+            for line in plan(run, command.plan, command.tokens_per_second):
                 print(line, flush=True)  # noqa: T201
     except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"run_pretrain.py: {error}\n")

@@ -93,7 +93,7 @@ class Bench:
         vocab_size = next(iter(configs.values())).vocab_size
         self._folder, self._steps = folder, steps
         self._objective: Objective = train(run, configs)
-        self._batch = make_batch(run.train.train_batch_size, run.data.max_seq_length, vocab_size)
+        self._batch = make_batch(run.train.train_batch_size, run.data.row_length, vocab_size)
         (folder / "spm.model").write_bytes(train_vocabulary())
         self._tokenizer = DebertaTokenizer(folder / "spm.model")
         self.parameters = sum(

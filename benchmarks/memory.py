@@ -110,7 +110,7 @@ def train(run: PretrainConfig, configs: dict[str, DebertaConfig]) -> Objective:
         )
     )
     rows = run.train.micro_batch(world_size())
-    batch = make_batch(rows, run.data.max_seq_length, vocab_size)
+    batch = make_batch(rows, run.data.row_length, vocab_size)
     for _ in range(STEPS):
         objective.train_step([batch] * (run.train.train_batch_size // (rows * world_size())))
     return objective

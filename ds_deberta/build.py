@@ -143,7 +143,7 @@ def model_configs(
     discriminator = load_model_config(run.model.model)
     if tokenizer is not None:
         discriminator = replace(discriminator, vocab_size=tokenizer.vocab_size)
-    positions = max(discriminator.max_position_embeddings, run.data.max_seq_length)
+    positions = max(discriminator.max_position_embeddings, run.data.row_length)
     discriminator = replace(discriminator, max_position_embeddings=positions)
     configs = {"generator": generator_config(discriminator), "discriminator": discriminator}
     if run.objective == "mlm":
@@ -161,10 +161,10 @@ def model_configs(
         return configs
     configs = fit_configs(configs, sources, tokenizer, takes_sizes=is_continued)
     positions = min(config.max_position_embeddings for config in configs.values())
-    if run.data.max_seq_length > positions:
+    if run.data.row_length > positions:
         raise ValueError(
             f"max_seq_length must be at most {positions}, the positions that these weights know; "
-            f"got {run.data.max_seq_length}"
+            f"got {run.data.row_length}"
         )
     return {name: _changed(config, run.model) for name, config in configs.items()}
 
@@ -262,7 +262,7 @@ def build_masker(run: PretrainConfig, tokenizer: DebertaTokenizer) -> NGramMaske
         special=tokenizer.special,
         is_word_start=tokenizer.is_word_start,
         num_tokens=tokenizer.num_tokens,
-        max_seq_length=run.data.max_seq_length,
+        max_seq_length=run.data.row_length,
         mask_prob=run.data.mask_prob,
         max_ngram=run.data.max_ngram,
         mask_token_prob=shares[0],
@@ -331,7 +331,7 @@ def build_checkpointer(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Chec
         "embedding_sharing": sharing,
         "seed": run.seed,
         "train_batch_size": run.train.train_batch_size,
-        "max_seq_length": run.data.max_seq_length,
+        "max_seq_length": run.data.row_length,
         "max_ngram": run.data.max_ngram,
         "mask_prob": run.data.mask_prob,
         "data": data_fingerprint(Manifest.load(run.data.data_dir)),
@@ -355,7 +355,7 @@ def build_checkpointer(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Chec
 
 def training_flops(run: PretrainConfig, configs: Mapping[str, DebertaConfig]) -> int:
     """Operations of training on one row: three forward passes of each model."""
-    length = run.data.max_seq_length
+    length = run.data.row_length
     predictions = round(run.data.mask_prob * length)
     return 3 * sum(
         forward_flops(
@@ -398,7 +398,7 @@ def build_metrics(
         run.output_dir,
         total_steps=run.train.num_training_steps,
         start_step=state.step,
-        flops_per_token=training_flops(run, configs) / run.data.max_seq_length,
+        flops_per_token=training_flops(run, configs) / run.data.row_length,
         peak_flops=measure_peak_flops(device, dtype) * world_size(),
     )
     metrics.log_text("config", run.to_json())

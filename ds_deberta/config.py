@@ -33,8 +33,9 @@ class DataConfig:
 
     data_dir: Path = Path("data/demo/shards")
     """Folder that data_tools/prepare_data.py wrote; it carries its vocabulary."""
-    max_seq_length: int = 512
-    """Tokens per row, [CLS] and [SEP] included."""
+    max_seq_length: int | None = None
+    """Tokens per row, [CLS] and [SEP] included; shorter rows are padded. Default: the length that
+    the data were prepared with."""
     mask_prob: float = 0.15
     """Share of the tokens that are predicted."""
     max_ngram: int = 1
@@ -46,7 +47,15 @@ class DataConfig:
     skipped updates. Which rows the others are, and their order, does not change."""
 
     def __post_init__(self) -> None:
+        if self.max_seq_length is not None and self.max_seq_length < 3:
+            raise ValueError(f"max_seq_length must be at least 3, got {self.max_seq_length}")
         SkippedSamples(self.skip_samples)
+
+    @property
+    def row_length(self) -> int:
+        """`max_seq_length` of a run that `resolve` has filled in."""
+        assert self.max_seq_length is not None
+        return self.max_seq_length
 
 
 @dataclass(frozen=True, kw_only=True)

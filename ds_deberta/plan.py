@@ -65,6 +65,7 @@ from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
 from ds_deberta.objectives import Objective
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
+from ds_deberta.resolve import describe_padding
 
 Device = Literal["cpu", "gpu"]
 _SEND_AT_ONCE = 500_000_000  # numbers: DeepSpeed's all-reduce without ZeRO
@@ -471,8 +472,8 @@ def shape_of(
         configs=tuple(configs.items()),
         embedding_sharing=run.model.embedding_sharing,
         rows=rows,
-        length=run.data.max_seq_length,
-        predictions=round(run.data.mask_prob * run.data.max_seq_length),
+        length=run.data.row_length,
+        predictions=round(run.data.mask_prob * run.data.row_length),
         accumulates=run.train.train_batch_size > rows * world_size(),
         checkpoints_activations=run.model.activation_checkpointing,
         attention=run.model.attention,
@@ -586,10 +587,12 @@ def _lines_of_time(
     tokens_per_second: float | None,
 ) -> Iterator[str]:
     steps, rows = run.train.num_training_steps, run.train.train_batch_size
-    tokens = steps * rows * run.data.max_seq_length
+    tokens = steps * rows * run.data.row_length
     flops = training_flops(run, configs) * steps * rows
-    line = f"\n{steps:,} steps x {rows} rows x {run.data.max_seq_length} = {tokens:.3g} tokens, "
+    line = f"\n{steps:,} steps x {rows} rows x {run.data.row_length} = {tokens:.3g} tokens, "
     yield f"{line}{flops:.3g} floating-point operations."
+    if padding := describe_padding(run):
+        yield f"Warning: {padding}"
     if has_data:
         train = Manifest.load(run.data.data_dir).splits["train"]
         epochs = steps * rows / max(1, train.rows)

@@ -26,28 +26,37 @@ from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
 from ds_deberta.distributed import Place, check_world_size, plan_world_size
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.plan import checkpoint_bytes, shape_of
+from ds_deberta.resolve import describe_padding, resolve
 
 _NCCL_SHM_BYTES = 2**30  # what NCCL's documentation asks of a container: --shm-size=1g
 
 
-def validate(run: PretrainConfig, place: Place) -> Iterator[tuple[bool, str]]:
+def validate(as_parsed: PretrainConfig, place: Place) -> Iterator[tuple[bool, str]]:
     """Make every check.
 
     Args:
-        run: what would be trained.
+        as_parsed: what would be trained.
         place: of this process; of one process, `expect_world_size` stand for more.
 
     Yields:
         Whether it is right, and a line that says what it is, or what is wrong and what to do.
     """
     checks = _Checks()
+    expected = as_parsed.expect_world_size
     if place.world_size > 1:
-        yield checks.make("processes", lambda: check_world_size(place, run.expect_world_size))
-    plan_world_size(place.world_size if place.world_size > 1 else run.expect_world_size or 1)
+        yield checks.make("processes", lambda: check_world_size(place, expected))
+    plan_world_size(place.world_size if place.world_size > 1 else expected or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    yield checks.make("data", lambda: resolve(as_parsed))
+    run = checks.results["data"] if checks.results["data"] is not _FAILED else as_parsed
+    yield checks.make(
+        "length of rows",
+        lambda: describe_padding(run) or f"{run.data.row_length} tokens",
+        needs="data",
+    )
     yield checks.make("batch", lambda: build.describe_batch(run))
-    yield checks.make("vocabulary", lambda: _load_vocabulary(run))
+    yield checks.make("vocabulary", lambda: _load_vocabulary(run), needs="data")
     tokenizer = checks.results["vocabulary"]
     yield checks.make("model", lambda: build.model_configs(run, tokenizer), needs="vocabulary")
     configs = checks.results["model"]
@@ -83,7 +92,7 @@ def validate(run: PretrainConfig, place: Place) -> Iterator[tuple[bool, str]]:
         lambda: _check_disk(run, configs, checks.results["DeepSpeed, attention"][0]),
         needs="DeepSpeed, attention",
     )
-    yield checks.make("shared memory", lambda: check_shm(run, place.local_world_size))
+    yield checks.make("shared memory", lambda: check_shm(run, place.local_world_size), needs="data")
     yield checks.make("leftovers of dead processes", check_leftovers)
     yield checks.make("locks of dead builds", check_build_locks)
 
@@ -98,7 +107,7 @@ class _Checks:
         failed = [other for other, result in self.results.items() if result is _FAILED]
         if missing := [other for other in failed if other in needs]:
             self.results[name] = _FAILED
-            return False, f"-      {name}: not checked, for it needs {missing[0]}"
+            return False, f"-      {name}: not checked, because it needs {missing[0]}"
         try:
             self.results[name] = result = check()
         except (ValueError, OSError) as error:
@@ -170,7 +179,7 @@ def check_disk(folder: Path, *, needed: int) -> str:
 def check_shm(run: PretrainConfig, local_processes: int, shm: Path = Path("/dev/shm")) -> str:
     """Refuse less shared memory than the data workers' batches and NCCL take."""
     rows = run.train.micro_batch_size or 32
-    batch = rows * run.data.max_seq_length * 16  # ids and, in bytes, at most as much beside them
+    batch = rows * run.data.row_length * 16  # ids and, in bytes, at most as much beside them
     needed = local_processes * run.data.num_workers * 3 * batch  # two wait, one is being made
     if torch.cuda.is_available():
         needed += _NCCL_SHM_BYTES

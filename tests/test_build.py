@@ -9,13 +9,13 @@ import torch
 from ds_deberta.build import build_objective, refuse_mixing
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.model import load_model_config
+from ds_deberta.resolve import resolve
 from tests.launch import ROOT
 
 
 def run_of(model: str, data_dir: Path) -> PretrainConfig:
-    return parse(
-        ["--objective", "mlm", "--model", model, "--data_dir", str(data_dir), "--output_dir", "x"]
-    )
+    flags = ["--objective", "mlm", "--model", model, "--data_dir", str(data_dir)]
+    return resolve(parse([*flags, "--output_dir", "x"]))
 
 
 def test_packed_documents_are_refused_for_a_model_with_a_convolution(packed_data_dir, tokenizer):

@@ -10,6 +10,7 @@ from ds_deberta.config import parse
 from ds_deberta.distributed import plan_world_size
 from ds_deberta.model import MODELS, generator_config
 from ds_deberta.plan import Shape, count_parameters, footprint, plan, trace_step
+from ds_deberta.resolve import resolve
 from tests.launch import ROOT, run_ranks
 
 CONFIGS = ["zero0_fp32", "zero1_bf16", "zero2_bf16_offload", "zero3_bf16"]
@@ -108,6 +109,7 @@ def test_a_large_run_is_planned_without_gpu_and_data(tmp_path):
             *("--deepspeed_config", str(ROOT / "ds_configs/zero1_fp16.json")),
         ]
     )
+    run = resolve(run, needs_data=False)
     others = "\n".join(('{"step": 6}', "7", '{"a":' * 100_000, '{"tokens_per_second": 2, "st'))
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 5, "tokens_per_second": 1000.0}\n' + others)

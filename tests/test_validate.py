@@ -21,6 +21,7 @@ from tests.conftest import write_data
 from tests.launch import ROOT, clean_environment
 
 ONE = find_place({})
+LENGTH = ("--max_seq_length", "32")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def _one_process_again():
 def flags(data_dir: Path, model: Path, output_dir: Path, *more: str) -> list[str]:
     return [
         *("--objective", "rtd", "--model", str(model), "--data_dir", str(data_dir)),
-        *("--output_dir", str(output_dir), "--max_seq_length", "32", "--train_batch_size", "8"),
+        *("--output_dir", str(output_dir), *LENGTH, "--train_batch_size", "8"),
         *more,
     ]
 
@@ -70,7 +71,7 @@ def test_everything_wrong_is_named_in_one_go(command, data_dir, tmp_path):
     assert f"{shard} is not what was written" in found
     assert "run can not be written" in found
     assert f"rm {lock}" in found
-    assert "disk space: not checked, for it needs DeepSpeed" in found
+    assert "disk space: not checked, because it needs DeepSpeed" in found
 
 
 def test_each_part_of_the_data_is_checked(command, data_dir, tmp_path):
@@ -91,6 +92,26 @@ def test_data_without_held_out_rows_are_right(command, vocab_file, tmp_path):
     (said,) = (line for line in lines if "held-out rows" in line)
     assert said.startswith("ok     held-out rows: none, because")
     assert not [line for line in lines if line.startswith("WRONG")]
+
+
+def test_rows_are_as_long_as_the_data_s_and_padding_is_said(command, short_data_dir):
+    def length(*more: str) -> str:
+        argv = [word for word in command(data=short_data_dir) if word not in LENGTH]
+        lines = [line for _, line in validate(parse([*argv, *more]), ONE)]
+        return next(line for line in lines if "length of rows" in line)
+
+    assert length() == "ok     length of rows: 24 tokens"
+    assert "rows of 24 are padded to 48: 2 times the work" in length("--max_seq_length", "48")
+
+
+def test_without_data_the_rest_is_checked(command, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    argv = [word for word in command(data=tmp_path / "none") if word not in LENGTH]
+    found = "\n".join(wrong(*argv))
+    assert "WRONG  data: " in found
+    assert "none must be a folder of prepared data" in found
+    assert "run can not be written" in found
+    assert "vocabulary: not checked, because it needs data" in found
 
 
 def test_a_batch_is_checked_for_the_planned_processes(command):

@@ -7,6 +7,7 @@ from ds_deberta.data.masking import NGramMasker
 from ds_deberta.data.sampler import ResumableSampler, permute
 from ds_deberta.data.shards import (
     FORMAT_VERSION,
+    MANIFEST_FILE,
     Manifest,
     ShardDataset,
     ShardInfo,
@@ -20,6 +21,7 @@ from ds_deberta.data.tokenizer import DebertaTokenizer, SpecialTokens
 
 __all__ = [
     "FORMAT_VERSION",
+    "MANIFEST_FILE",
     "DebertaTokenizer",
     "Manifest",
     "NGramMasker",
