@@ -4,7 +4,8 @@
 #   ./mlm.sh PRESET [flags of run_pretrain.py; they win over the preset's recipe]
 #
 # DEEPSPEED_ARGS holds options of the launcher, "--hostfile hostfiles/two_nodes" for instance.
-# WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT, if set, count nodes: start it on each of them.
+# WORLD_SIZE, RANK and MASTER_ADDR, if set, count nodes: start it on each of them.
+# MASTER_PORT is the port where the processes meet; default on one node: a free one.
 # --procs_per_node N: processes of a node; default: one for each device, one on a CPU.
 # Without --data_dir: WikiText-103.
 set -euo pipefail

@@ -13,7 +13,6 @@ what libraries take.
 import argparse
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from ds_deberta.objectives import Objective
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
 from ds_deberta.plan import Ledger, Trace, footprint, shape_of
+from ds_deberta.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
@@ -145,9 +145,7 @@ def memory(field: str) -> int:
 def measure(name: str) -> tuple[int, int]:
     """Bytes of rank 0 of a case: in tensors, and resident."""
     processes = CASES[name][3]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     with tempfile.TemporaryFile("w+") as errors:
         ranks = [
             subprocess.Popen(

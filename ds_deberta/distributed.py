@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_deberta.ports import free_port, with_port_of_deepspeed
+
 T = TypeVar("T")
 
 logger = logging.getLogger("ds_deberta")
@@ -59,6 +61,8 @@ class Place:
     """A free port there."""
 
     def __str__(self) -> str:
+        if self.unit == "node" and self.world_size == 1:
+            return "started alone (WORLD_SIZE is 1 or not set)"
         return (
             f"{self.unit} {self.rank} of {self.world_size}, by {self.source}; "
             f"first one at {self.master_addr}:{self.master_port}"
@@ -93,7 +97,7 @@ def find_place(variables: Mapping[str, str]) -> Place:
             local_rank=_whole_number(variables, "LOCAL_RANK", 0),
             local_world_size=_whole_number(variables, local_size, 1),
             master_addr=variables.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=_whole_number(variables, "MASTER_PORT", _DEFAULT_PORT),
+            master_port=_port(variables, _DEFAULT_PORT),
         )
         if local_size in variables and place.local_rank >= place.local_world_size:
             raise ValueError(
@@ -109,7 +113,7 @@ def find_place(variables: Mapping[str, str]) -> Place:
             rank=_whole_number(variables, "RANK", 0),
             world_size=_whole_number(variables, "WORLD_SIZE", 1),
             master_addr=variables.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=_whole_number(variables, "MASTER_PORT", _DEFAULT_PORT),
+            master_port=_port(variables, _DEFAULT_PORT),
         )
         if place.world_size > 1 and (
             missing := [name for name in ("RANK", "MASTER_ADDR") if name not in variables]
@@ -137,7 +141,7 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
         ValueError: variables that make no sense, another number of processes than expected, or a
             busy port.
     """
-    place = find_place(os.environ)
+    place = find_place(with_port_of_deepspeed(os.environ))
     _set_up_logging(main=place.rank == 0)
     if place.unit == "node" and place.world_size > 1:
         raise ValueError(
@@ -198,8 +202,9 @@ def _told_of_a_busy_port(place: Place) -> Iterator[None]:
         if "address already in use" not in str(error).lower():
             raise
         raise ValueError(
-            f"MASTER_PORT must be free on {place.master_addr}; {place.master_port} is in use there."
-            " End who has it, or choose another one: MASTER_PORT, or --master_port of a launcher."
+            f"MASTER_PORT must be free on {place.master_addr}; {place.master_port} is in use "
+            f"there. Stop the process that uses it, or choose another: MASTER_PORT={free_port()} "
+            "before ./rtd.sh, ./mlm.sh or srun, --master_port after deepspeed or torchrun."
         ) from None
 
 
@@ -390,9 +395,7 @@ def _slurm_place(variables: Mapping[str, str]) -> Place:
         local_world_size=int(tasks[0]) if tasks else 1,
         master_addr=variables.get("MASTER_ADDR") or "".join(x or "" for x in first.groups()),  # type: ignore[union-attr]
         # Another for each job, the same in all of its processes.
-        master_port=_whole_number(
-            variables, "MASTER_PORT", 20000 + _whole_number(variables, "SLURM_JOB_ID", 0) % 10000
-        ),
+        master_port=_port(variables, 20000 + _whole_number(variables, "SLURM_JOB_ID", 0) % 10000),
     )
 
 
@@ -401,6 +404,13 @@ def _whole_number(variables: Mapping[str, str], name: str, default: int) -> int:
     if not value.isdecimal():
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return int(value)
+
+
+def _port(variables: Mapping[str, str], default: int) -> int:
+    port = _whole_number(variables, "MASTER_PORT", default)
+    if not 0 < port < 65536:
+        raise ValueError(f"MASTER_PORT must be from 1 to 65535, got {port}")
+    return port
 
 
 def _set_up_logging(*, main: bool) -> None:

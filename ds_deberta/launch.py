@@ -6,8 +6,9 @@ Puts `deepspeed` right where it goes wrong without a word: a hostfile that is no
 error; a signal to stop reaches the ranks, wherever they are; the status is theirs (143 or 130
 after a stop with everything saved); and nothing outlives it.
 
-WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT may count nodes, as for the original's scripts: start
-it on each of them. `--procs_per_node N`: default one for each device, and one on a CPU.
+WORLD_SIZE, RANK and MASTER_ADDR may count nodes, as for the original's scripts: start it on each of
+them. MASTER_PORT or --master_port is the port where the processes meet; default on one node: a free
+one. `--procs_per_node N`: default one for each device, and one on a CPU.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 
 from ds_deberta.distributed import Place, end_with_parent, find_place
+from ds_deberta.ports import free_port
 from ds_deberta.stop import ONE_REQUEST_SECONDS
 
 _SCRIPT = "run_pretrain.py"
@@ -48,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
             options, command = split_command(words)
             check_options(options, place, given.procs_per_node, command)
             added = placing_options(options, place, given.procs_per_node, hostfile_name)
+            added += port_options(options, place, os.environ)
         except ValueError as error:
             sys.stderr.write(f"ds_deberta.launch: {error}\n")
             return 2
@@ -143,6 +146,20 @@ def placing_options(
     if procs_per_node is None and not torch.cuda.is_available():
         procs_per_node = 1  # deepspeed would start one for each NUMA node
     return [] if procs_per_node is None else ["--num_accelerators", str(procs_per_node)]
+
+
+def port_options(options: Sequence[str], place: Place, variables: Mapping[str, str]) -> list[str]:
+    """MASTER_PORT as an option, which `deepspeed` does not read; one node takes a free port.
+
+    A hostfile's nodes keep `deepspeed`'s default: the first of them may be another machine.
+    """
+    names = [word.partition("=")[0] for word in options]
+    if place.world_size > 1 or "--master_port" in names:
+        return []
+    if variables.get("MASTER_PORT"):
+        return ["--master_port", str(place.master_port)]
+    is_here = not {"-H", "--hostfile"} & set(names)
+    return ["--master_port", str(free_port())] if is_here else []
 
 
 def check_hostfile(file: Path) -> None:

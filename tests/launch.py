@@ -1,12 +1,14 @@
 """Start a script on several ranks of this machine, as a launcher would."""
 
+import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from ds_deberta.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,13 +55,6 @@ def run_ranks(
         return printed
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def processes_with(word: str, **environment: str) -> list[int]:
     """Numbers of the live processes with `word` in their command line, and these variables."""
     found = []
@@ -73,6 +68,29 @@ def processes_with(word: str, **environment: str) -> list[int]:
         if all(f"{name}={value}".encode() in variables for name, value in environment.items()):
             found.append(int(folder.name))
     return found
+
+
+def left_in_shared_memory(before: set[str]) -> set[str]:
+    """New files of /dev/shm that no live process holds; other tests may run beside this one."""
+    for _ in range(50):
+        left = {name for name in os.listdir("/dev/shm") if name not in before}
+        if left:
+            held = _held()
+            left = {name for name in left if f"/dev/shm/{name}\n" not in held}
+        if not left:
+            break
+        time.sleep(0.1)
+    return left
+
+
+def _held() -> str:
+    """The files that processes map or have open."""
+    lines = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            lines.append((folder / "maps").read_text())
+            lines.extend(os.readlink(file) for file in (folder / "fd").iterdir())
+    return "\n".join([*lines, ""])
 
 
 def clean_environment() -> dict[str, str]:

@@ -72,6 +72,7 @@ def test_a_step_of_srun_places_its_processes():
         ({"WORLD_SIZE": "2", "RANK": "2", **MASTER}, "RANK must be less than WORLD_SIZE"),
         ({"RANK": "1"}, "RANK must be less than WORLD_SIZE, got 1 and 1"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT must be from 1 to 65535, got 65536"),
         (
             {"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "4", "LOCAL_SIZE": "4", **MASTER},
             "LOCAL_RANK must be less than LOCAL_SIZE",
@@ -114,7 +115,7 @@ def test_another_number_of_processes_than_expected_is_refused(monkeypatch):
 def test_a_busy_port_is_named(listen):
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = Place(unit="process", source="a test", master_port=server.getsockname()[1])
-        message = f"{place.master_port} is in use there.*--master_port"
+        message = f"{place.master_port} is in use there.* MASTER_PORT=2.*--master_port"
         with pytest.raises(ValueError, match=message), distributed._told_of_a_busy_port(place):
             listen(place)
 

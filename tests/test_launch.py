@@ -1,10 +1,11 @@
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from ds_deberta.distributed import find_place
+from ds_deberta.distributed import Place, find_place
 from ds_deberta.launch import (
     _alive,
     check_hostfile,
@@ -12,6 +13,7 @@ from ds_deberta.launch import (
     exit_status,
     find_node,
     placing_options,
+    port_options,
     split_command,
 )
 from tests.launch import ROOT
@@ -36,6 +38,22 @@ def test_node_variables_become_the_launchers_options():
 def test_one_node_is_the_launchers_own_business():
     assert placing_options(["--include=localhost:1"], ONE, None, "FILE") == []
     assert placing_options([], ONE, 3, "FILE") == ["--num_accelerators", "3"]
+
+
+def test_one_node_takes_a_free_port_unless_one_is_named():
+    def port(*options: str, place: Place = ONE, **variables: str) -> list[str]:
+        return port_options(options, place, variables)
+
+    name, free = port("--num_gpus", "2")
+    assert name == "--master_port"
+    with socket.create_server(("127.0.0.1", int(free))):
+        assert port()[1] != free
+    named = find_place({"MASTER_PORT": "5"})
+    assert port(place=named, MASTER_PORT="5") == ["--master_port", "5"]
+    assert port("-H", "hosts", place=named, MASTER_PORT="5") == ["--master_port", "5"]
+    assert port("--master_port=6", place=named, MASTER_PORT="5") == []
+    assert port("--hostfile=hosts") == []  # the port must be free on the first of them
+    assert port(place=NODE, MASTER_PORT="5") == []  # see placing_options
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Whole runs, started as users start them."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from ds_deberta.data import DebertaTokenizer
 from ds_deberta.model import DebertaForMaskedLM, DebertaForRTD, load_model_config
 from ds_deberta.warm_start import load_pretrained
-from tests.launch import ROOT, clean_environment
+from tests.launch import ROOT, clean_environment, free_port, left_in_shared_memory
 from tests.test_compatibility import write_public
 
 BIN = Path(sys.executable).parent
@@ -46,12 +48,16 @@ def flags(data_dir: Path, model: Path, output_dir: Path, *more: str) -> list[str
 def finished(
     data_dir: Path, tiny_model_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """An RTD run through the deepspeed launcher, in bf16."""
+    """An RTD run through the deepspeed launcher, in bf16, while its default port is in use."""
     output_dir = tmp_path_factory.mktemp("runs") / "rtd"
     before = set(os.listdir("/dev/shm"))
     arguments = flags(data_dir, tiny_model_file, output_dir, "--objective", "rtd")
-    printed = run("deepspeed", "--master_port", "29713", "run_pretrain.py", *arguments)
-    assert set(os.listdir("/dev/shm")) <= before  # DeepSpeed would leave 66 MiB per rank
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # somebody else's already
+            other.bind(("127.0.0.1", 29500))
+            other.listen()
+        printed = run("deepspeed", "run_pretrain.py", *arguments)
+    assert not left_in_shared_memory(before)  # DeepSpeed would leave 66 MiB per rank
     return output_dir, printed
 
 
@@ -192,7 +198,7 @@ def test_a_continue_preset_takes_its_sizes_from_public_files(
 def test_mlm_trains_on_two_processes_of_torchrun(data_dir, tiny_model_file, tmp_path):
     run(
         "torchrun",
-        *("--nproc_per_node", "2", "--master_port", "29714", "run_pretrain.py"),
+        *("--nproc_per_node", "2", "--master_port", str(free_port()), "run_pretrain.py"),
         *flags(data_dir, tiny_model_file, tmp_path / "run", "--objective", "mlm"),
         *("--max_ngram", "3", "--deepspeed_config", "ds_configs/zero3_fp32.json"),
     )

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from tests.checkpoints import tensors
-from tests.launch import ROOT, clean_environment, free_port, processes_with, run_ranks
+from tests.launch import (
+    ROOT,
+    clean_environment,
+    free_port,
+    left_in_shared_memory,
+    processes_with,
+    run_ranks,
+)
 
 BIN = Path(sys.executable).parent
 PYTHON = (sys.executable, "run_pretrain.py")
@@ -71,7 +78,7 @@ class Run:
     def check_saved(self) -> int:
         """All of it leaves within 25 s and leaves one checkpoint; returns the step."""
         self.wait_for(lambda: not self.processes(), 25)
-        assert set(os.listdir("/dev/shm")) <= self.shared_memory
+        assert not left_in_shared_memory(self.shared_memory)
         (saved,) = (self.folder / "checkpoints").iterdir()
         assert f"stopped after step {int(saved.name[-7:])}" in self.log.read_text()
         return int(saved.name[-7:])
@@ -122,9 +129,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(flags, tmp_path):
 @pytest.mark.distributed
 def test_sigterm_to_the_deepspeed_launcher_stops_all_ranks(flags, tmp_path):
     """It passes nothing on and is gone at once; the ranks notice."""
-    command = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()))
-    with Run(tmp_path / "run", *command, *MLM, *flags, *ENDLESS) as run:
+    command, port = ("deepspeed", "--num_accelerators", "2"), str(free_port())
+    with Run(tmp_path / "run", *command, *MLM, *flags, *ENDLESS, MASTER_PORT=port) as run:
         run.wait_for(lambda: run.has_logged(3))
+        assert f"first one at 127.0.0.1:{port}" in run.log.read_text()
         run.launcher.send_signal(signal.SIGTERM)
         assert run.launcher.wait(25) == -signal.SIGTERM
         run.check_saved()

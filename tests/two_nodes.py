@@ -1,6 +1,7 @@
 """Two hosts on one machine: network namespaces joined by a cable, with an sshd each.
 
 Needs root and Debian's iproute2, openssh-server and pdsh. Touches neither ~/.ssh nor /etc/ssh.
+Their names end in the number of this process: another one's tests may run beside these.
 """
 
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NAMES = ("dsnode1", "dsnode2")
+NAMES = (f"dsnode1-{os.getpid()}", f"dsnode2-{os.getpid()}")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -24,9 +25,10 @@ def missing() -> str:
     absent = [name for name in commands if not shutil.which(name, path=_path())]
     if absent:
         return f"needs {', '.join(absent)} (apt-get install iproute2 openssh-server pdsh)"
-    if subprocess.run(["ip", "netns", "add", "dsprobe"], env=_environment()).returncode:
+    probe = f"dsprobe-{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", probe], env=_environment()).returncode:
         return "may not add network namespaces"
-    _call("ip", "netns", "delete", "dsprobe")
+    _call("ip", "netns", "delete", probe)
     return ""
 
 
@@ -36,7 +38,7 @@ def two_nodes(folder: Path) -> Iterator[Path]:
 
     Start a command on node i by `on(i)`; GLOO_SOCKET_IFNAME is eth0 on both.
     """
-    _tear_down(folder)  # what a killed test left
+    _sweep()
     try:
         _set_up(folder)
         yield folder
@@ -94,8 +96,19 @@ def _tear_down(folder: Path) -> None:
         pid_file = folder / f"{name}.pid"
         if pid_file.exists():
             os.kill(int(pid_file.read_text()), signal.SIGTERM)
-        subprocess.run(["ip", "netns", "delete", name], env=_environment(), stderr=-3)
-        shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
+        _delete(name)
+
+
+def _sweep() -> None:
+    """Delete the networks that killed tests left."""
+    for folder in Path("/run/netns").glob("dsnode?-*"):
+        if not Path("/proc", folder.name.partition("-")[2]).exists():
+            _delete(folder.name)
+
+
+def _delete(name: str) -> None:
+    subprocess.run(["ip", "netns", "delete", name], env=_environment(), stderr=-3)
+    shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
 
 def _call(*command: str) -> None:

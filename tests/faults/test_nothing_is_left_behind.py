@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ds_deberta.leftovers import own_temporary_folder
-from tests.launch import ROOT, free_port, run_ranks
+from tests.launch import ROOT, free_port, left_in_shared_memory, run_ranks
 from tests.test_stop import ENDLESS, Run
 
 DEEPSPEED = ("deepspeed", "--num_accelerators", "2")
@@ -76,7 +76,7 @@ def test_nothing_outlives_a_killed_training(flags, tmp_path, temporary, victims)
         run.wait_for(lambda: not run.processes(), 40)
         print(f"{victims}: all gone after {time.monotonic() - killed:.1f} s")
         assert run.launcher.wait(5) != 0
-        assert set(os.listdir("/dev/shm")) <= run.shared_memory
+        assert not left_in_shared_memory(run.shared_memory)
     if victims == "launchers":  # the ranks have saved
         assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1
     sweep(temporary, flags, tmp_path)
@@ -106,7 +106,7 @@ def test_ranks_without_launchers_end_whenever_these_were_killed(
         killed = time.monotonic()
         run.wait_for(lambda: not run.processes(), 60)
         print(f"killed after {seconds} s: all gone {time.monotonic() - killed:.1f} s later")
-        assert set(os.listdir("/dev/shm")) <= run.shared_memory
+        assert not left_in_shared_memory(run.shared_memory)
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_nothing_is_left_of_a_run_that_ends_by_itself(flags, tmp_path, temporary
         status = 2 if end == "failed" else 0
         run_ranks(ROOT / "run_pretrain.py", *flags, *more, world_size=2, status=status)
     assert os.listdir(temporary) == []
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not left_in_shared_memory(before)
 
 
 def test_a_long_name_leaves_room_for_sockets(tmp_path, monkeypatch):
