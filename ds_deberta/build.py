@@ -71,7 +71,7 @@ def build_objective(
         for name, model in build_models(run, configs, attend).items()
     }
     if run.objective == "mlm":
-        return MLMObjective(engines["model"])
+        return MLMObjective(engines["model"], num_tokens=tokenizer.num_tokens)
     return RTDObjective(
         engines["generator"],
         engines["discriminator"],

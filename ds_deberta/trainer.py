@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 
@@ -210,9 +211,14 @@ def engine_stats(objective: Objective) -> dict[str, float]:
 def as_text(
     examples: Mapping[str, torch.Tensor], tokenizer: DebertaTokenizer
 ) -> dict[str, list[str]]:
-    """Rows of ids as text, without padding."""
-    pad = tokenizer.special.pad
-    return {
-        name: [tokenizer.decode(i for i in row if i != pad) for row in rows.tolist()]
-        for name, rows in examples.items()
-    }
+    """Rows of ids as text, without padding; an id that has no piece as its number: <401>."""
+    pad, live = tokenizer.special.pad, range(tokenizer.num_tokens)
+
+    def show(row: list[int]) -> str:
+        runs = groupby((i for i in row if i != pad), live.__contains__)
+        return " ".join(
+            tokenizer.decode(run) if is_live else " ".join(f"<{i}>" for i in run)
+            for is_live, run in runs
+        )
+
+    return {name: [show(row) for row in rows.tolist()] for name, rows in examples.items()}

@@ -63,7 +63,7 @@ class Training:
                 Watchdog(self.folder, 0),
                 skipped=SkippedSamples(),
                 seed=0,
-                tokenizer=SimpleNamespace(special=SimpleNamespace(pad=0)),
+                tokenizer=SimpleNamespace(special=SimpleNamespace(pad=0), num_tokens=0),
                 device=torch.device("cpu"),
             )
 
@@ -244,3 +244,12 @@ def test_training_waits_where_it_is_told_to(tmp_path, writer):
     training.train(2 * DUMP, save_in_background=False)
     assert writer.begun == 0
     assert training.saved() == [DUMP, 2 * DUMP]
+
+
+def test_an_id_without_a_piece_is_shown_as_its_number(tokenizer):
+    ids, past = tokenizer.encode("the king of the old city"), tokenizer.num_tokens
+    rows = torch.tensor([[*ids, tokenizer.special.pad], [ids[0], past, past + 1, *ids[3:], 0]])
+    rows = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    whole, holed = trainer.as_text({"predicted": rows}, tokenizer)["predicted"]
+    assert whole == "the king of the old city"
+    assert f" <{past}> <{past + 1}> " in holed

@@ -43,7 +43,7 @@ class HeadOutput(NamedTuple):
     loss: Tensor
     """0-d: cross-entropy summed over the rows that have a label, in nats, fp32."""
     predictions: Tensor
-    """The id of each row's greatest logit."""
+    """The id below `num_tokens` of each row's greatest logit."""
     samples: Tensor | None
     """An id drawn for each row; None where no uniform numbers were given."""
 
@@ -70,7 +70,8 @@ def linear_cross_entropy(
         bias: Bias of each id.
         labels: The right ids; a row with a negative one has no loss.
         uniforms: In [0, 1), fp64; None: draw nothing.
-        num_tokens: Only ids below it are drawn, though all have their part in the loss; None: all.
+        num_tokens: Only ids below it are predicted and drawn, though all have their part in the
+            loss; None: all.
         temperature: Divides the logits of the samples.
         table_gradient: Gets what the gradient of `weight` is made of, in the place of `weight`, if
             it takes it. Only one backward pass is possible then.
@@ -108,7 +109,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         are_few = len(states) * len(weight) * dtype.itemsize <= KEPT_BYTES
         if has_backward and (are_few or table_gradient is not None):
             kept = states.new_empty(len(weight), len(states), dtype=dtype)
-        head = _ChunkedHead(states, weight, bias, num_tokens, dtype)
+        # The cut decides how sums are rounded: where nothing is drawn it is that of all ids.
+        drawn = len(weight) if uniforms is None else num_tokens
+        head = _ChunkedHead(states, weight, bias, drawn, dtype)
         best = states.new_full((len(states),), -torch.inf, dtype=head.sum_dtype)  # [N]
         label_logits = torch.zeros_like(best)
         expected = torch.zeros_like(states, dtype=head.sum_dtype)  # [N, E] sum of exp(x) * weight
@@ -124,7 +127,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label_logits = torch.where(is_here, logits.gather(0, index)[0], label_logits)
             maximum, argmax = logits.max(0)
             maximum = maximum.to(best.dtype)
-            predictions = torch.where(maximum > best, argmax + chunk.start, predictions)
+            if chunk.start < num_tokens:  # `best` is of ids below it then
+                live_maximum = maximum
+                if chunk.stop > num_tokens:
+                    live_maximum, argmax = logits[: num_tokens - chunk.start].max(0)
+                is_greater = live_maximum.to(best.dtype) > best
+                predictions = torch.where(is_greater, argmax + chunk.start, predictions)
             maxima[chunk.blocks] = maximum
             if is_tempered:
                 exps = head.exp(logits, maximum, temperature)
@@ -149,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         toward = expected.div_(totals[:, None]).sub_(label_rows)  # [N, E] each row's loss by states
         factors = torch.stack([maxima[chunk.blocks.start] for chunk in head.chunks]) - log_sums
         ctx.save_for_backward(states, weight, bias, labels, log_sums, toward, kept, factors.exp_())
-        ctx.num_tokens, ctx.dtype, ctx.table_gradient = num_tokens, dtype, table_gradient
+        ctx.drawn, ctx.dtype, ctx.table_gradient = drawn, dtype, table_gradient
         ctx.mark_non_differentiable(predictions, *([] if samples is None else [samples]))
         return loss, predictions, samples
 
@@ -158,7 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         states, weight, bias, labels, log_sums, toward, kept, factors = ctx.saved_tensors
         scale = torch.where(labels >= 0, grad_outputs[0], 0.0)  # [N]
         logits_grad = kept  # [V, N], of a gradient in parts: it takes the exponentials' place
-        head = _ChunkedHead(states, weight, bias, ctx.num_tokens, ctx.dtype)
+        head = _ChunkedHead(states, weight, bias, ctx.drawn, ctx.dtype)
         grad_weight = torch.empty_like(weight) if ctx.table_gradient is None else None
         grad_bias = torch.empty_like(bias)
         for chunk, factor in zip(head.chunks, factors, strict=True):

@@ -68,7 +68,7 @@ class DebertaForMaskedLM(nn.Module):
             predicted_positions: What to predict.
             labels: The tokens that are right; negative where there is nothing to predict.
             uniforms: In [0, 1), one for each token to draw; None: draw nothing.
-            num_tokens: Only ids below it are drawn; None: all.
+            num_tokens: Only ids below it are predicted and drawn; None: all.
             temperature: Of the tokens that are drawn.
 
         Returns:

@@ -14,10 +14,17 @@ from ds_deberta.objectives import EXAMPLES, Engine, Metrics, loss_weights
 
 
 class MLMObjective:
-    """One model, one engine."""
+    """One model, one engine.
 
-    def __init__(self, model: Engine) -> None:
+    Args:
+        model: engine around a DebertaForMaskedLM.
+        num_tokens: live ids of the vocabulary; the rows beyond are padding, never predicted.
+            None: all rows are live.
+    """
+
+    def __init__(self, model: Engine, *, num_tokens: int | None = None) -> None:
         self.model = model
+        self.num_tokens = num_tokens
         self.engines = {"model": model}
 
     def train_step(self, micro_batches: Sequence[Batch]) -> Metrics:
@@ -58,7 +65,13 @@ class MLMObjective:
         )
 
     def _run(self, batch: Batch) -> HeadOutput:
-        return self.model(batch.input_ids, batch.documents, batch.predicted_positions, batch.labels)
+        return self.model(
+            batch.input_ids,
+            batch.documents,
+            batch.predicted_positions,
+            batch.labels,
+            num_tokens=self.num_tokens,
+        )
 
 
 def fill_in(batch: Batch, tokens: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ class RTDObjective:
         generator: engine around a DebertaForMaskedLM.
         discriminator: engine around a DebertaForRTD with the same `embedding_sharing`.
         embedding_sharing: "gdes", "es" or "nes".
-        num_tokens: live ids of the vocabulary; the rows beyond are padding, never sampled.
+        num_tokens: live ids of the vocabulary; the rows beyond are padding, never sampled
+            nor predicted.
         rtd_lambda: weight of the discriminator's loss. With an engine of its own it matters
             only through gradient clipping (and, for "es", in the shared table).
         temperature: of the generator's samples.

@@ -119,13 +119,15 @@ def test_gradients_are_those_of_finite_differences(chunking: str):
     assert torch.autograd.gradcheck(loss, inputs[:3], fast_mode=True)
 
 
-def test_predictions_are_the_greatest_logits_padding_rows_included(chunking: str):
+def test_predictions_are_the_greatest_logits_of_live_ids(chunking: str):
     states, weight, bias, labels, _ = make_inputs(torch.float32, rows=400)
     logits = F.linear(states, weight, bias)
     output = linear_cross_entropy(states, weight, bias, labels, num_tokens=NUM_TOKENS)
-    assert torch.equal(output.predictions, logits.argmax(-1))
-    assert (output.predictions >= NUM_TOKENS).any()
+    assert torch.equal(output.predictions, logits[:, :NUM_TOKENS].argmax(-1))
+    assert not torch.equal(output.predictions, logits.argmax(-1))
     assert output.samples is None
+    whole = linear_cross_entropy(states, weight, bias, labels)
+    assert torch.equal(whole.predictions, logits.argmax(-1))
 
 
 def test_of_equal_logits_the_first_is_predicted(chunking: str):
@@ -185,14 +187,17 @@ def test_the_ends_of_the_uniform_range_draw_tokens_that_have_a_probability(chunk
     assert draw(math.nextafter(1.0, 0.0)) == {600}
 
 
-def test_padding_rows_that_outweigh_all_tokens_are_not_drawn(chunking: str):
+def test_padding_rows_that_outweigh_all_tokens_are_neither_predicted_nor_drawn(chunking: str):
     states, weight, bias, labels, uniforms = make_inputs(torch.float32)
     with torch.no_grad():
         bias[NUM_TOKENS:] = 1000.0
     output = linear_cross_entropy(states, weight, bias, labels, uniforms, num_tokens=NUM_TOKENS)
     truth = plain_samples(F.linear(states, weight, bias), uniforms, NUM_TOKENS, 1.0)
     assert torch.equal(output.samples, truth)
-    assert (output.predictions >= NUM_TOKENS).all()
+    live = F.linear(states, weight, bias)[:, :NUM_TOKENS].argmax(-1)
+    assert torch.equal(output.predictions, live)
+    alone = linear_cross_entropy(states, weight, bias, labels, num_tokens=NUM_TOKENS)
+    assert torch.equal(alone.predictions, live)
 
 
 def test_a_diverged_model_draws_tokens_of_the_vocabulary(chunking: str):
@@ -316,3 +321,12 @@ def test_no_tensor_of_rows_times_vocabulary_is_made(
         linear_cross_entropy(*inputs, temperature=temperature).loss.backward()
     assert plain.elements == 256 * 4096
     assert ours.elements == weight.numel()
+
+
+def test_what_may_be_predicted_does_not_change_a_bit_of_the_loss(chunking: str):
+    inputs = make_inputs(torch.float32)[:4]
+    found = []
+    for num_tokens in (None, NUM_TOKENS):
+        loss = linear_cross_entropy(*inputs, num_tokens=num_tokens).loss
+        found.append([loss, *gradients_of(loss, inputs, 0.37)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

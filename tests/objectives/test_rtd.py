@@ -173,7 +173,7 @@ def test_es_gives_the_table_both_gradients(tokenizer):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6)
 
 
-def test_padding_rows_of_the_vocabulary_are_never_sampled(tokenizer):
+def test_padding_rows_of_the_vocabulary_are_never_sampled_nor_predicted(tokenizer):
     objective = rtd(tokenizer, "nes")
     head = objective.generator.module.lm_predictions["lm_head"]
     with torch.no_grad():
@@ -181,9 +181,11 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(tokenizer):
     batch = random_batch(tokenizer, rows=8)
     with torch.no_grad():
         output = objective._generate(batch)
-        assert (output.predictions >= tokenizer.num_tokens).all()
+        assert output.predictions.max() < tokenizer.num_tokens
         corrupted = objective._corrupt(batch, output)
     assert corrupted.input_ids.max() < tokenizer.num_tokens
+    mlm = MLMObjective(objective.generator, num_tokens=tokenizer.num_tokens)
+    assert mlm.eval_step(batch).examples["predicted"].max() < tokenizer.num_tokens
 
 
 def test_a_sample_that_is_right_is_not_replaced(tokenizer):
