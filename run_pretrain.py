@@ -26,7 +26,7 @@ from ds_deberta.hf import export_checkpoint
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.plan import plan
-from ds_deberta.resolve import describe_padding, resolve
+from ds_deberta.resolve import describe_schedule, resolve, warnings_of
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
 from ds_deberta.validate import validate
@@ -50,8 +50,9 @@ def pretrain(run: PretrainConfig) -> int:
         check_agreement(run)
         check_output_dir(run.output_dir)
         check_data(run.data.data_dir)
-        if padding := describe_padding(run):
-            logger.warning(padding)
+        for warning in warnings_of(run):
+            logger.warning(warning)
+        logger.info(describe_schedule(run))
         tokenizer = load_tokenizer(run.data.data_dir)
         build_fast_tokenizer(
             tokenizer.vocab_file

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.health import HealthConfig
+from ds_deberta.json_file import read_object
 from ds_deberta.optim import OptimConfig
 from ds_deberta.recipes import RECIPES, recipe
 from ds_deberta.trainer import TrainConfig
@@ -183,8 +184,8 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, help="config.json of a run, to start from")
-    # The launchers add it; the LOCAL_RANK variable is what counts.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    # The launchers add one or the other; the LOCAL_RANK variable is what counts.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     instead = parser.add_argument_group("Instead of training")
     instead.add_argument(
         "--validate",
@@ -300,11 +301,9 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"--config {path} can not be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} must hold a JSON object, got {values!r:.40}")
+        values = read_object(path)
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from None
     known = set(_flag_names(PretrainConfig))
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"--config {path} holds unknown settings: {', '.join(unknown)}")

@@ -6,7 +6,6 @@
 
 import contextlib
 import difflib
-import json
 import logging
 import math
 import os
@@ -35,6 +34,7 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ds_deberta.builds import use_batons  # noqa: E402
 from ds_deberta.distributed import computes_in_bf16, without_triton, world_size  # noqa: E402
+from ds_deberta.json_file import read_object  # noqa: E402
 from ds_deberta.leftovers import own_folder  # noqa: E402
 from ds_deberta.model import DebertaForMaskedLM  # noqa: E402
 from ds_deberta.model_state import ModelState  # noqa: E402
@@ -428,16 +428,13 @@ def _quiet() -> Iterator[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        return read_object(path)
     except FileNotFoundError:
         raise ValueError(
             f"no DeepSpeed configuration at {path}; choose one from ds_configs/"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(config).__name__}")
-    return config
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _check_keys(path: Path, config: Mapping[str, Any]) -> None:

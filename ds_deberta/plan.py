@@ -65,7 +65,7 @@ from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD
 from ds_deberta.objectives import Objective
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
-from ds_deberta.resolve import describe_padding
+from ds_deberta.resolve import describe_schedule, warnings_of
 
 Device = Literal["cpu", "gpu"]
 _SEND_AT_ONCE = 500_000_000  # numbers: DeepSpeed's all-reduce without ZeRO
@@ -493,6 +493,7 @@ def plan(run: PretrainConfig, device: Device, tokens_per_second: float | None) -
     """
     processes = run.expect_world_size or 1
     plan_world_size(processes)
+    describe_schedule(run)
     has_data = (run.data.data_dir / "manifest.json").is_file()
     configs = model_configs(run, load_tokenizer(run.data.data_dir) if has_data else None)
     ds_config = next(iter(build_ds_configs(run, configs, runs_here=False).values()))
@@ -591,8 +592,8 @@ def _lines_of_time(
     flops = training_flops(run, configs) * steps * rows
     line = f"\n{steps:,} steps x {rows} rows x {run.data.row_length} = {tokens:.3g} tokens, "
     yield f"{line}{flops:.3g} floating-point operations."
-    if padding := describe_padding(run):
-        yield f"Warning: {padding}"
+    for warning in warnings_of(run):
+        yield f"Warning: {warning}"
     if has_data:
         train = Manifest.load(run.data.data_dir).splits["train"]
         epochs = steps * rows / max(1, train.rows)

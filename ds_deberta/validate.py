@@ -26,7 +26,7 @@ from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
 from ds_deberta.distributed import Place, check_world_size, plan_world_size
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.plan import checkpoint_bytes, shape_of
-from ds_deberta.resolve import describe_padding, resolve
+from ds_deberta.resolve import describe_schedule, resolve, warnings_of
 
 _NCCL_SHM_BYTES = 2**30  # what NCCL's documentation asks of a container: --shm-size=1g
 
@@ -49,12 +49,12 @@ def validate(as_parsed: PretrainConfig, place: Place) -> Iterator[tuple[bool, st
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     yield checks.make("data", lambda: resolve(as_parsed))
-    run = checks.results["data"] if checks.results["data"] is not _FAILED else as_parsed
-    yield checks.make(
-        "length of rows",
-        lambda: describe_padding(run) or f"{run.data.row_length} tokens",
-        needs="data",
-    )
+    has_data = checks.results["data"] is not _FAILED
+    run = checks.results["data"] if has_data else as_parsed
+    yield checks.make("length of rows", lambda: f"{run.data.row_length} tokens", needs="data")
+    yield checks.make("schedule", lambda: describe_schedule(run), needs="data")
+    for warning in warnings_of(run) if has_data else ():
+        yield True, f"NOTE   {warning}"
     yield checks.make("batch", lambda: build.describe_batch(run))
     yield checks.make("vocabulary", lambda: _load_vocabulary(run), needs="data")
     tokenizer = checks.results["vocabulary"]

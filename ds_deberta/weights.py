@@ -5,7 +5,6 @@ no code: of a pickle only tensors are taken, and one that holds more is refused.
 """
 
 import functools
-import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_deberta.checkpoint import check_files, read_description
+from ds_deberta.json_file import read_object
 from ds_deberta.model_state import WEIGHTS
 
 Role = Literal["generator", "discriminator", "model"]
@@ -184,9 +184,9 @@ def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}; get it again") from None
+        return read_object(file)
+    except ValueError as error:
+        raise ValueError(f"{error} Or get it again.") from None
 
 
 def _first(folder: Path, names: Iterable[str]) -> Path | None:

@@ -48,7 +48,7 @@ def test_a_config_file_beats_the_recipe_and_the_command_line_beats_it(tmp_path):
         ([*RTD, "--objective", "both"], "objective must be one of rtd, mlm; got 'both'"),
         ([*RTD, "--learning_rate", "-1"], "learning_rate must be positive"),
         ([*RTD, "--temperature", "0"], "temperature must be positive"),
-        ([*RTD, "--config", "nowhere.json"], "nowhere.json can not be read"),
+        ([*RTD, "--config", "nowhere.json"], "nowhere.json cannot be read"),
         ([*RTD, "--num_training_step", "3"], "unrecognized arguments"),
     ],
 )
@@ -64,6 +64,11 @@ def test_an_unknown_setting_in_a_config_file_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse([*RTD, "--config", str(tmp_path / "c.json")])
     assert "unknown settings: learning_rat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [["--local_rank", "0"], ["--local-rank=0"]])
+def test_what_launchers_add_is_understood(flag):
+    assert parse([*RTD, *flag]) == parse(RTD)
 
 
 def test_help_explains_every_flag(capsys):

@@ -4,7 +4,7 @@ import pytest
 
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.plan import plan
-from ds_deberta.resolve import describe_padding, resolve
+from ds_deberta.resolve import describe_padding, describe_schedule, resolve, warnings_of
 
 
 def run_of(data_dir, *more: str, model: str = "deberta-v3-nano") -> PretrainConfig:
@@ -38,3 +38,31 @@ def test_only_a_plan_goes_without_data(tmp_path, model, length):
     assert resolve(run, needs_data=False).data.row_length == length
     with pytest.raises(FileNotFoundError, match="must be a folder of prepared data"):
         resolve(run)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "warms_up"), [(1, 1, 1), (10, 9, 9), (10, 0.06, 1), (2300, 0.06, 138)]
+)
+def test_a_warm_up_is_shorter_than_the_run(short_data_dir, steps, warmup, warms_up):
+    flags = ("--num_training_steps", str(steps), "--warmup", str(warmup))
+    assert describe_schedule(run_of(short_data_dir, *flags)).endswith(
+        f"steps, {warms_up} of them warm-up"
+    )
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(5000, 10_000), (10, 10), (10, 0.99)])
+def test_a_warm_up_as_long_as_the_run_is_refused(short_data_dir, steps, warmup):
+    flags = ("--num_training_steps", str(steps), "--warmup", str(warmup))
+    run = run_of(short_data_dir, *flags)
+    message = f"--warmup must be shorter than the run, {steps:,} steps .* Try --warmup 0.06"
+    with pytest.raises(ValueError, match=message):
+        describe_schedule(run)
+    with pytest.raises(ValueError, match=message):
+        list(plan(resolve(run), "gpu", None))
+
+
+def test_a_preset_of_the_other_objective_is_said_to_lose_its_recipe(short_data_dir):
+    flags = ["--objective", "mlm", "--data_dir", str(short_data_dir), "--output_dir", "x"]
+    (said,) = warnings_of(resolve(parse([*flags, "--model", "deberta-v3-base"])))
+    assert "deberta-v3-base is a preset of --objective rtd" in said
+    assert not list(warnings_of(resolve(parse([*flags, "--model", "deberta-base"]))))

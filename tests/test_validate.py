@@ -95,13 +95,19 @@ def test_data_without_held_out_rows_are_right(command, vocab_file, tmp_path):
 
 
 def test_rows_are_as_long_as_the_data_s_and_padding_is_said(command, short_data_dir):
-    def length(*more: str) -> str:
+    def lines(*more: str) -> str:
         argv = [word for word in command(data=short_data_dir) if word not in LENGTH]
-        lines = [line for _, line in validate(parse([*argv, *more]), ONE)]
-        return next(line for line in lines if "length of rows" in line)
+        return "\n".join(line for _, line in validate(parse([*argv, *more]), ONE))
 
-    assert length() == "ok     length of rows: 24 tokens"
-    assert "rows of 24 are padded to 48: 2 times the work" in length("--max_seq_length", "48")
+    assert "ok     length of rows: 24 tokens" in lines()
+    padded = lines("--max_seq_length", "48")
+    assert "\nNOTE   rows of 24 are padded to 48: 2 times the work" in padded
+
+
+def test_a_warm_up_that_never_ends_is_named_beside_all_else(command):
+    found = wrong(*command("--num_training_steps", "60", "--warmup", "10000"))
+    assert len(found) == 1
+    assert found[0].startswith("WRONG  schedule: --warmup must be shorter than the run, 60 steps")
 
 
 def test_without_data_the_rest_is_checked(command, tmp_path):

@@ -1,9 +1,9 @@
 """The named models."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
+from ds_deberta.json_file import read_object
 from ds_deberta.model.config import DebertaConfig
 
 
@@ -68,13 +68,8 @@ def load_model_config(name_or_path: str | Path) -> DebertaConfig:
         raise ValueError(
             f"unknown model {name!r}; choose one of {names} or give a path to a config.json"
         )
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict) or not all(
-        isinstance(values.get(part, {}), dict) for part in ("discriminator", "generator")
-    ):
+    values = read_object(path)
+    if not all(isinstance(values.get(part, {}), dict) for part in ("discriminator", "generator")):
         raise ValueError(f"{path} must hold a JSON object of an architecture's sizes")
     if "discriminator" not in values:
         return DebertaConfig.from_dict(values)

@@ -26,7 +26,7 @@ def flags(data_dir: Path, tiny_model_file: Path) -> list[str]:
         *("--objective", "mlm", "--model", str(tiny_model_file), "--data_dir", str(data_dir)),
         *("--deepspeed_config", str(ROOT / "ds_configs/zero0_fp32.json"), "--log_interval", "1"),
         *("--max_seq_length", "32", "--train_batch_size", "4", "--num_workers", "0"),
-        *("--dump_interval", "4", "--eval_interval", "1000000"),
+        *("--dump_interval", "4", "--eval_interval", "1000000", "--warmup", "1"),
     ]
 
 

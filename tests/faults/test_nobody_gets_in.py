@@ -77,6 +77,7 @@ def trained(data_dir, tiny_model_file, tmp_path_factory) -> tuple[list[str], Pat
         *("--objective", "mlm", "--model", str(tiny_model_file), "--data_dir", str(data_dir)),
         *("--deepspeed_config", str(ROOT / "ds_configs/zero1_fp32.json"), "--num_workers", "0"),
         *("--max_seq_length", "32", "--train_batch_size", "4", "--log_interval", "1"),
+        *("--warmup", "1"),
     ]
     more = ("--output_dir", str(folder), "--num_training_steps", "2")
     run_ranks(ROOT / "run_pretrain.py", *flags, *more)
@@ -175,6 +176,7 @@ def test_a_whole_run_in_folders_of_nasty_names(data_dir, tiny_model_file, tmp_pa
     words[-1:] = ["run_pretrain.py", "--objective", "mlm", "--model", str(model)]
     words += ["--data_dir", str(data), "--output_dir", str(output), "--max_seq_length", "32"]
     words += ["--train_batch_size", "4", "--num_training_steps", "2", "--num_workers", "1"]
+    words += ["--warmup", "1"]
     done = subprocess.run(
         words,
         cwd=ROOT,

@@ -22,7 +22,7 @@ def flags(data_dir: Path, tiny_model_file: Path) -> list[str]:
         *("--objective", "mlm", "--model", str(tiny_model_file), "--data_dir", str(data_dir)),
         *("--deepspeed_config", str(ROOT / "ds_configs/zero1_fp32.json"), "--log_interval", "1"),
         *("--max_seq_length", "32", "--train_batch_size", "4", "--micro_batch_size", "1"),
-        *("--num_workers", "2"),
+        *("--num_workers", "2", "--warmup", "1"),
     ]
 
 
