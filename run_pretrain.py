@@ -8,10 +8,10 @@ the flags.
 """
 
 import os
-import shutil
 import sys
 import traceback
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ds_deberta import build
@@ -22,7 +22,7 @@ from ds_deberta.data import load_tokenizer
 from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.distributed import barrier, find_place, initialize, is_main, logger, shutdown
 from ds_deberta.health import TrainingLostError
-from ds_deberta.hf import export_checkpoint
+from ds_deberta.hf import update_export
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.plan import plan
@@ -102,20 +102,30 @@ def pretrain(run: PretrainConfig) -> int:
         logger.info("stopped after step %d; the same command goes on from there", state.step)
         barrier()
         return stop.status
-    if is_main():
-        export = run.output_dir / "export"
-        if was_complete and export.is_dir():
-            logger.info("the training was complete already")
-        else:
-            aside = export.with_suffix(".tmp")
-            for old in (aside, export):
-                shutil.rmtree(old, ignore_errors=True)
-            assert checkpointer.current is not None  # the last step was saved
-            export_checkpoint(checkpointer.current, aside)
-            aside.rename(export)
-        logger.info("the models, for transformers' AutoModel: %s", export)
-        logger.info("the curves: tensorboard --logdir %s", run.output_dir / "tensorboard")
+    if was_complete:
+        logger.info("the training was complete already")
+    assert checkpointer.current is not None  # the last step was saved
+    status = export(run, checkpointer.current)
     barrier()
+    return status
+
+
+def export(run: PretrainConfig, checkpoint: Path) -> int:
+    """Export a run's last checkpoint, unless that has been done; returns the status to end with."""
+    folder = run.output_dir / "export"
+    try:
+        is_new = on_all_ranks(lambda: is_main() and update_export(checkpoint, folder))
+    except ValueError as error:
+        if is_main():
+            sys.stderr.write(
+                f"run_pretrain.py: {checkpoint} could not be exported: {error}. The checkpoint is "
+                "kept. Remove the cause; the same command then exports it.\n"
+            )
+        return 1
+    if is_new:
+        logger.info("exported %s", checkpoint)
+    logger.info("the models, for transformers' AutoModel: %s", folder)
+    logger.info("the curves: tensorboard --logdir %s", run.output_dir / "tensorboard")
     return 0
 
 

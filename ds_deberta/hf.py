@@ -1,53 +1,116 @@
 """Weights out: Hugging Face folders.
 
-One exported folder per model:
+    OUT/export.json              which checkpoint the models are of
+    OUT/generator/ OUT/discriminator/ (or OUT/model/), each with
+        config.json, model.safetensors   the whole model in fp32, under our names: the public ones
+        modeling_ds_deberta.py           classes for what transformers lacks (trust_remote_code)
+        tokenizer.json, tokenizer_config.json, spm.model   the vocabulary, for AutoTokenizer
 
-- config.json, model.safetensors: the encoder, for AutoModel.from_pretrained;
-- tokenizer.json, tokenizer_config.json, spm.model: the vocabulary, for AutoTokenizer;
-- heads.safetensors: what Hugging Face has no place for, the heads and the position table of the
-  enhanced mask decoder.
-
-Our parameters carry the public names, so nothing is renamed on the way out. The way in: weights.py.
+transformers' DebertaV2ForMaskedLM has our names for the head of masked language models if the
+config says `legacy: false`. It has no class for the enhanced mask decoder and for a discriminator's
+head; without remote code it passes over their weights. The way in: weights.py.
 """
 
 import argparse
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_deberta.checkpoint import read_description
+from ds_deberta.checkpoint import check_files, read_description
 from ds_deberta.distributed import logger
 from ds_deberta.hf_tokenizer import write_tokenizer
 from ds_deberta.model import DebertaConfig, EmbeddingSharing
-from ds_deberta.weights import HEADS_FILE, POSITIONS, WORDS, find_source, read_weights
+from ds_deberta.model_state import Share, write_shares
+from ds_deberta.weights import POSITIONS, WORDS, Stored, find_source, open_weights
+
+RECORD = "export.json"
+_CODE = Path(__file__).with_name("modeling_ds_deberta.py")
+
+
+def update_export(checkpoint: Path, folder: Path) -> bool:
+    """Make a folder the export of a checkpoint, unless it is that already.
+
+    The old export stays until the new one is whole. Whatever a killed process left is removed.
+
+    Returns:
+        False if there was nothing to do.
+
+    Raises:
+        OSError: the models could not be written; the old export is still there.
+        ValueError: as `export_checkpoint`.
+    """
+    new, old = folder.with_suffix(".tmp"), folder.with_suffix(".old.tmp")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if is_export_of(folder, checkpoint):
+        return False
+    try:
+        export_checkpoint(checkpoint, new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return True
+
+
+def is_export_of(folder: Path, checkpoint: Path) -> bool:
+    """Return whether a folder holds the models of this checkpoint."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return False
+    description = read_description(checkpoint)
+    files = [folder / name / "model.safetensors" for name in description["models"]]
+    return record == _record(checkpoint, description) and all(file.is_file() for file in files)
 
 
 def export_checkpoint(checkpoint: Path, out_dir: Path) -> list[Path]:
     """Export every model of a checkpoint; needs nothing but the checkpoint's own folder.
 
+    Tensors are read and written one by one.
+
     Args:
         checkpoint: a step_* folder of a run.
-        out_dir: gets a folder for each model; none of them may exist.
+        out_dir: gets a folder for each model, none of which may exist, and in the end a record of
+            the checkpoint.
 
     Raises:
+        OSError: the models could not be written.
         ValueError: not a checkpoint of ours, or a damaged one.
     """
     description = read_description(checkpoint)
     configs = {name: DebertaConfig.from_dict(c) for name, c in description["models"].items()}
-    weights = {name: read_weights(find_source(checkpoint, name)) for name in configs}
+    sources = {name: find_source(checkpoint, name) for name in configs}
+    read = [str(file.relative_to(checkpoint)) for s in sources.values() for file in s.files]
+    check_files(checkpoint, {name: description["files"][name] for name in read})
+    weights = {name: open_weights(source) for name, source in sources.items()}
     sharing = description["embedding_sharing"]
-    return export_parts(weights, configs, sharing, checkpoint / "spm.model", out_dir)
+    folders = export_parts(weights, configs, sharing, checkpoint / "spm.model", out_dir)
+    text = json.dumps(_record(checkpoint, description), indent=2) + "\n"
+    (out_dir / RECORD).write_text(text)
+    return folders
+
+
+def _record(checkpoint: Path, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Say which checkpoint models are of, such that no other one is described alike."""
+    return {
+        "checkpoint": checkpoint.name,
+        "step": description["state"]["step"],
+        "sha256": description["sha256"],
+    }
 
 
 def export_parts(
-    weights_by_model: Mapping[str, Mapping[str, Tensor]],
+    weights_by_model: Mapping[str, Mapping[str, Stored | Tensor]],
     configs: Mapping[str, DebertaConfig],
     sharing: EmbeddingSharing,
     vocab_file: Path,
@@ -66,12 +129,12 @@ def export_parts(
 
 
 def merge_embeddings(
-    discriminator: Mapping[str, Tensor],
-    generator: Mapping[str, Tensor] | None,
+    discriminator: Mapping[str, Stored | Tensor],
+    generator: Mapping[str, Stored | Tensor] | None,
     sharing: EmbeddingSharing,
-) -> dict[str, Tensor]:
+) -> dict[str, Stored]:
     """Return the discriminator's weights with embeddings of its own, under public names."""
-    merged = dict(discriminator)
+    merged = {name: Stored.of(weight) for name, weight in discriminator.items()}
     if sharing == "nes":
         return merged
     if generator is None:
@@ -79,14 +142,17 @@ def merge_embeddings(
     for table in (WORDS, POSITIONS):
         delta = merged.pop(f"{table}_weight", None)
         if delta is not None:
-            merged[f"{table}weight"] = _float(generator[f"{table}weight"]) + _float(delta)
+            merged[f"{table}weight"] = Stored.of(generator[f"{table}weight"]).plus(delta)
         elif sharing == "es":
-            merged[f"{table}weight"] = generator[f"{table}weight"]
+            merged[f"{table}weight"] = Stored.of(generator[f"{table}weight"])
     return merged
 
 
 def write_pretrained(
-    weights: Mapping[str, Tensor], config: DebertaConfig, vocab_file: Path, out_dir: Path
+    weights: Mapping[str, Stored | Tensor],
+    config: DebertaConfig,
+    vocab_file: Path,
+    out_dir: Path,
 ) -> None:
     """Write a Hugging Face folder, in fp32. It appears whole or not at all.
 
@@ -99,37 +165,51 @@ def write_pretrained(
     assert not any(name.endswith("._weight") for name in weights), "merge the embeddings first"
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} must be new or empty; remove it or choose another")
-    hf_facts = {
-        "architectures": ["DebertaV2Model"],
-        "model_type": "deberta-v2",
-        "transformers_version": version("transformers"),
-    }
+    facts = config.to_dict() | describe(weights, config)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as temporary:
         folder = Path(temporary) / out_dir.name
         folder.mkdir()
-        _write_weights(weights, config, folder)
-        text = json.dumps(config.to_dict() | hf_facts, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(text)
+        _write_weights(weights, folder)
+        (folder / "config.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        if "auto_map" in facts:
+            (folder / _CODE.name).write_bytes(_CODE.read_bytes())
         write_tokenizer(vocab_file, folder, max_length=config.max_position_embeddings)
-        for file in folder.iterdir():  # safetensors writes for the owner only
-            file.chmod((folder / "config.json").stat().st_mode)
         os.replace(folder, out_dir)
 
 
-def _write_weights(weights: Mapping[str, Tensor], config: DebertaConfig, folder: Path) -> None:
-    encoder: dict[str, Tensor] = {}
-    heads: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        is_decoder_table = name.startswith(POSITIONS) and not config.position_biased_input
-        has_place = name.startswith("deberta.") and not is_decoder_table
-        (encoder if has_place else heads)[name] = _float(weight).contiguous()
-    save_file(encoder, folder / "model.safetensors", {"format": "pt"})
-    save_file(heads, folder / HEADS_FILE, {"format": "pt"})
+def describe(names: Iterable[str], config: DebertaConfig) -> dict[str, Any]:
+    """Return what config.json says to transformers beyond the architecture.
+
+    Args:
+        names: of the weights; they show which head there is.
+        config: of the model.
+    """
+    facts: dict[str, Any] = {
+        "architectures": ["DebertaV2Model"],
+        "model_type": "deberta-v2",
+        "transformers_version": version("transformers"),
+    }
+    heads = {name.split(".")[0] for name in names}
+    if "lm_predictions" in heads:
+        facts |= {"architectures": ["DebertaV2ForMaskedLM"], "legacy": False}
+        if not config.position_biased_input:
+            facts["auto_map"] = {
+                "AutoModelForMaskedLM": f"{_CODE.stem}.DebertaV2ForEnhancedMaskedLM"
+            }
+    elif "mask_predictions" in heads:
+        facts["auto_map"] = {
+            "AutoModelForPreTraining": f"{_CODE.stem}.DebertaV2ForReplacedTokenDetection"
+        }
+    return facts
 
 
-def _float(weight: Tensor) -> Tensor:
-    return weight.detach().to("cpu", torch.float32)
+def _write_weights(weights: Mapping[str, Stored | Tensor], folder: Path) -> None:
+    """Write one tensor after the other, always in the same order."""
+    stored = {name: Stored.of(weights[name]) for name in sorted(weights)}
+    shapes = {name: weight.shape for name, weight in stored.items()}
+    tensors = (weight.read() for weight in stored.values())
+    write_shares([Share("model.safetensors", shapes, tensors)], folder)
 
 
 def main() -> None:

@@ -40,7 +40,9 @@ def write_tokenizer(vocab_file: Path, folder: Path, *, max_length: int) -> None:
         max_length: tokens from which on Hugging Face warns and truncates.
     """
     shutil.copyfile(vocab_file, folder / "spm.model")
-    build_fast_tokenizer(vocab_file).save(str(folder / "tokenizer.json"))
+    # Not by its own `save`, which raises no OSError if the disk is full.
+    twin = build_fast_tokenizer(vocab_file).to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(twin, encoding="utf-8")
     # DebertaV2Tokenizer of transformers 5 puts its own normalizer in place of the file's.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
     text = json.dumps(settings | SPECIAL_TOKENS, indent=2, sort_keys=True) + "\n"

@@ -7,7 +7,7 @@ no code: of a pickle only tensors are taken, and one that holds more is refused.
 import functools
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,26 @@ class Source:
     """The checkpoint of ours that the files belong to."""
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is in memory only while someone uses it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Gives it in fp32."""
+
+    @classmethod
+    def of(cls, weight: "Stored | Tensor") -> "Stored":
+        """Return the same for a tensor that is in memory."""
+        if isinstance(weight, Stored):
+            return weight
+        return cls(tuple(weight.shape), lambda: weight.detach().to("cpu", torch.float32))
+
+    def plus(self, other: "Stored") -> "Stored":
+        """Return the sum of two."""
+        return Stored(self.shape, lambda: self.read() + other.read())
+
+
 def find_source(place: Path, role: Role) -> Source:
     """Find a model's files.
 
@@ -138,6 +158,19 @@ def read_weights(source: Source, *, shapes_only: bool = False) -> dict[str, Tens
         else:
             weights |= _read_pickle(file, shapes_only)
     return weights
+
+
+def open_weights(source: Source) -> dict[str, Stored]:
+    """Find all tensors of a source whose files are safetensors; each is read when it is used.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    return {
+        name: Stored(tuple(shape.shape), functools.partial(_read_tensor, file, name))
+        for file in source.files
+        for name, shape in _read_safetensors(file, shapes_only=True).items()
+    }
 
 
 def public_names(weights: Mapping[str, Tensor], *, role: Role, num_heads: int) -> dict[str, Tensor]:
@@ -225,6 +258,12 @@ def _download(name: str, role: Role) -> Path:
             "--init_generator: then the generator starts from the discriminator"
         )
     return folder
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    # A copy: a tensor of the open file would hold on to the pages of all of it.
+    with safe_open(file, framework="pt") as tensors:  # pyright: ignore[reportPrivateImportUsage]
+        return tensors.get_tensor(name).to(torch.float32, copy=True)
 
 
 def _read_safetensors(file: Path, shapes_only: bool) -> dict[str, Tensor]:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    dynamic_module_utils,
+    pipeline,
+)
 
 from ds_deberta.hf import export_parts, merge_embeddings, write_pretrained
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM, DebertaForRTD, EmbeddingSharing
@@ -27,6 +34,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bert": {"relative_attention": False, "pos_att_type": (), "position_biased_input": True},
     "position-biased": {"position_biased_input": True},
     "v2": {"conv_kernel_size": 3, "conv_act": "gelu", "share_att_key": False},
+}
+HEADS = {
+    "model": "lm_predictions",
+    "generator": "lm_predictions",
+    "discriminator": "mask_predictions",
 }
 
 
@@ -97,6 +109,8 @@ def test_auto_model_loads_every_weight_and_gives_our_hidden_states(
     for folder in folders:
         theirs, info = AutoModel.from_pretrained(folder, output_loading_info=True)
         assert info.keys() >= {"missing_keys", "unexpected_keys", "mismatched_keys"}
+        heads = {name.split(".")[0] for name in info.pop("unexpected_keys")}
+        assert heads == {HEADS[folder.name]}
         assert not any(info.values()), info
         base = None
         if folder.name == "discriminator" and sharing != "nes":
@@ -106,20 +120,132 @@ def test_auto_model_loads_every_weight_and_gives_our_hidden_states(
         torch.testing.assert_close(states[mask], ours[mask], rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, bool]:
+    """What loads a model with the code of its export, which transformers copies to a cache."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    return {"trust_remote_code": True}
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@torch.no_grad()
+def test_both_heads_give_our_logits_in_transformers(
+    architecture: str,
+    trusted: dict[str, bool],
+    tiny_config: DebertaConfig,
+    vocab_file: Path,
+    tmp_path: Path,
+):
+    """Masked language models without the enhanced mask decoder do so without remote code."""
+    config = replace(tiny_config, **ARCHITECTURES[architecture])
+    models = build(config, "gdes")
+    generator, discriminator = export(models, config, "gdes", vocab_file, tmp_path / "out")
+    input_ids = torch.randint(4, 300, (3, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(20) < torch.tensor([[20], [13], [1]])
+    options = {} if config.position_biased_input else trusted
+    ours = models["generator"].logits(input_ids, mask, torch.arange(20).expand(3, 20))
+    theirs, info = AutoModelForMaskedLM.from_pretrained(
+        generator, output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    logits = theirs(input_ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(logits[mask], ours[mask], rtol=0, atol=1e-5)
+    alone = theirs(input_ids[1:2, :13], labels=input_ids[1:2, :13])  # no padding, no mask
+    torch.testing.assert_close(alone.logits, ours[1:2, :13], rtol=0, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(ours[1, :13], input_ids[1, :13])
+    torch.testing.assert_close(alone.loss, loss, rtol=0, atol=1e-5)
+
+    base = models["generator"].deberta.embeddings.lookup(input_ids, mask)
+    ours = models["discriminator"](input_ids, mask, base)
+    theirs, info = AutoModelForPreTraining.from_pretrained(
+        discriminator, output_loading_info=True, **trusted
+    )
+    assert not any(info.values()), info
+    labels = (input_ids % 2).where(mask, -100)
+    output = theirs(input_ids, attention_mask=mask.long(), labels=labels)
+    torch.testing.assert_close(output.logits[mask], ours[mask], rtol=0, atol=1e-5)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(ours[mask], labels[mask].float())
+    torch.testing.assert_close(output.loss, loss, rtol=0, atol=1e-5)
+
+
+def test_without_remote_code_the_plain_classes_load_and_ask_nothing(exported: Path):
+    """The trained head is there; what transformers lacks is passed over."""
+    theirs, info = AutoModelForMaskedLM.from_pretrained(
+        exported / "generator", output_loading_info=True
+    )
+    assert type(theirs).__module__.startswith("transformers.models.deberta_v2")
+    assert not any(info.values()), info
+    head = load_file(exported / "generator/model.safetensors")
+    assert_equal(
+        theirs.lm_predictions.state_dict(),
+        {
+            name.removeprefix("lm_predictions."): weight
+            for name, weight in head.items()
+            if name.startswith("lm_predictions.")
+        },
+    )
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(
+        exported / "discriminator", output_loading_info=True
+    )
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier", "pooler"}
+    assert {name.split(".")[0] for name in info["unexpected_keys"]} == {"mask_predictions"}
+
+
+def test_the_fill_mask_pipeline_works_from_the_folder(exported: Path, trusted: dict[str, bool]):
+    for options, kind in (({}, "DebertaV2ForMaskedLM"), (trusted, "DebertaV2ForEnhancedMaskedLM")):
+        fill = pipeline("fill-mask", str(exported / "generator"), **options)
+        assert type(fill.model).__name__ == kind
+        assert len(fill("the king builds a [MASK] .", top_k=3)) == 3
+
+
+def test_what_transformers_saves_again_keeps_head_and_code(
+    exported: Path, trusted: dict[str, bool], tiny_config: DebertaConfig, tmp_path: Path
+):
+    for name, auto in (
+        ("generator", AutoModelForMaskedLM),
+        ("discriminator", AutoModelForPreTraining),
+    ):
+        auto.from_pretrained(exported / name, **trusted).save_pretrained(tmp_path / name)
+        expected = load_file(exported / name / "model.safetensors")
+        assert_equal(load_file(tmp_path / name / "model.safetensors"), expected)
+        assert (tmp_path / name / "modeling_ds_deberta.py").is_file()
+    assert load_pretrained(DebertaForMaskedLM(tiny_config), tmp_path / "generator").fresh == {}
+    saved = json.loads((tmp_path / "generator" / "config.json").read_text())
+    assert DebertaConfig.from_dict(saved).to_dict() == tiny_config.to_dict()
+
+
 def test_an_export_holds_everything_once_in_fp32_under_public_names(exported: Path, tiny_config):
-    for folder, head in (("generator", "lm_predictions"), ("discriminator", "mask_predictions")):
-        folder = exported / folder
+    for name in ("generator", "discriminator"):
+        folder = exported / name
         values = json.loads((folder / "config.json").read_text())
         assert DebertaConfig.from_dict(values).to_dict() == tiny_config.to_dict()
-        encoder = load_file(folder / "model.safetensors")
-        rest = load_file(folder / "heads.safetensors")
-        assert not encoder.keys() & rest.keys()
-        assert {weight.dtype for weight in (encoder | rest).values()} == {torch.float32}
-        assert {name.split(".")[0] for name in encoder} == {"deberta"}
-        assert {name.split(".")[0] for name in rest if name != POSITIONS} == {head}
-        assert (POSITIONS in rest) == (head == "lm_predictions")
-        assert not [name for name in encoder | rest if "_weight" in name]
+        assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+        weights = load_file(folder / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        assert {name.split(".")[0] for name in weights} == {"deberta", HEADS[name]}
+        assert (POSITIONS in weights) == (name == "generator")
+        assert not [name for name in weights if "_weight" in name]
         assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def test_an_export_with_its_heads_in_a_file_of_their_own_still_loads(
+    exported: Path, tiny_config: DebertaConfig, tmp_path: Path
+):
+    """So versions before this one wrote them."""
+    for name, model in (
+        ("generator", DebertaForMaskedLM(tiny_config)),
+        ("discriminator", DebertaForRTD(tiny_config)),
+    ):
+        weights = load_file(exported / name / "model.safetensors")
+        heads = {n: w for n, w in weights.items() if n.startswith(HEADS[name]) or n == POSITIONS}
+        (tmp_path / name).mkdir()
+        save_file(heads, tmp_path / name / "heads.safetensors")
+        rest = {n: w for n, w in weights.items() if n not in heads}
+        save_file(rest, tmp_path / name / "model.safetensors")
+        report = load_pretrained(model, tmp_path / name)
+        assert (report.fresh, report.unused) == ({}, {})
+        assert_equal(model.state_dict(), weights)
 
 
 @pytest.mark.parametrize("architecture", ["deberta", "bert"])
@@ -164,8 +290,8 @@ def test_gdes_discriminator_comes_back_with_the_same_embeddings_bitwise(
 
     again = {"generator": models["generator"], "discriminator": loaded}
     _, second = export(again, config, "gdes", vocab_file, tmp_path / "second")
-    for file in ("model.safetensors", "heads.safetensors"):
-        assert_equal(load_file(second / file), load_file(folder / file))
+    for file in folder.iterdir():
+        assert (second / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.parametrize(
@@ -184,9 +310,9 @@ def test_es_discriminator_comes_back_without_tables(
     loaded = DebertaForRTD(config, embedding_sharing="es")
     assert tuple(load_pretrained(loaded, folder).unused) == tables
     assert_equal(loaded.state_dict(), models["discriminator"].state_dict())
-    encoder, generator = load_file(folder / "model.safetensors"), models["generator"].state_dict()
+    stored, generator = load_file(folder / "model.safetensors"), models["generator"].state_dict()
     assert_equal(
-        {name: encoder[name] for name in tables}, {name: generator[name] for name in tables}
+        {name: stored[name] for name in tables}, {name: generator[name] for name in tables}
     )
 
 
@@ -196,11 +322,14 @@ def test_merge_embeddings():
     own = {WORDS: torch.tensor([5.0, 6.0])}
     other = {"deberta.encoder.rel_embeddings.weight": torch.tensor([7.0])}
 
-    merged = merge_embeddings(other | delta, generator, "gdes")
-    assert_equal(merged, other | {WORDS: torch.tensor([1.5, 0.0])})
-    assert_equal(merge_embeddings(other, generator, "es"), other | generator)
-    assert_equal(merge_embeddings(other | own, generator, "nes"), other | own)
-    assert_equal(merge_embeddings(other | own, None, "nes"), other | own)
+    def merge(discriminator, generator, sharing: EmbeddingSharing) -> dict[str, Tensor]:
+        merged = merge_embeddings(discriminator, generator, sharing)
+        return {name: weight.read() for name, weight in merged.items()}
+
+    assert_equal(merge(other | delta, generator, "gdes"), other | {WORDS: torch.tensor([1.5, 0.0])})
+    assert_equal(merge(other, generator, "es"), other | generator)
+    assert_equal(merge(other | own, generator, "nes"), other | own)
+    assert_equal(merge(other | own, None, "nes"), other | own)
     with pytest.raises(ValueError, match="gdes needs the generator's weights"):
         merge_embeddings(other | delta, None, "gdes")
 
@@ -236,7 +365,8 @@ def test_a_hugging_face_folder_and_a_bare_encoder_leave_the_heads_fresh(
     bare = {name.removeprefix("deberta."): weight for name, weight in stored.items()}
     save_file(bare, tmp_path / "bare.safetensors")
 
-    encoder = load_file(exported / "discriminator" / "model.safetensors")
+    whole = load_file(exported / "discriminator" / "model.safetensors")
+    encoder = {name: weight for name, weight in whole.items() if name.startswith("deberta.")}
     for source in (tmp_path, tmp_path / "bare.safetensors"):
         for model, fresh in (
             (DebertaForRTD(tiny_config), "mask_predictions"),

@@ -31,6 +31,7 @@ NOT_ARCHITECTURE = frozenset(
     {
         "_name_or_path",
         "architectures",
+        "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
         "cls_dropout",
