@@ -47,8 +47,7 @@ def update_export(checkpoint: Path, folder: Path) -> bool:
         ValueError: as `export_checkpoint`.
     """
     new, old = folder.with_suffix(".tmp"), folder.with_suffix(".old.tmp")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _tidy(folder, new, old)
     if is_export_of(folder, checkpoint):
         return False
     try:
@@ -57,9 +56,16 @@ def update_export(checkpoint: Path, folder: Path) -> bool:
             folder.rename(old)
         new.rename(folder)
     finally:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _tidy(folder, new, old)
     return True
+
+
+def _tidy(folder: Path, new: Path, old: Path) -> None:
+    """Remove what an export leaves on its way; of a failed one, the old folder comes back."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_export_of(folder: Path, checkpoint: Path) -> bool:

@@ -9,7 +9,7 @@ Shapes: B batch, L length, E hidden size, V vocabulary.
 """
 
 # pyright: reportIncompatibleMethodOverride=false, reportPrivateImportUsage=false
-# pyright: reportOptionalCall=false - the type of `position_embeddings` there is None
+# pyright: reportOptionalCall=false
 from typing import Any
 
 import torch

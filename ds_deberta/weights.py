@@ -261,9 +261,9 @@ def _download(name: str, role: Role) -> Path:
 
 
 def _read_tensor(file: Path, name: str) -> Tensor:
-    # A copy: a tensor of the open file would hold on to the pages of all of it.
+    # Mapped, not copied; each in a mapping of its own, which goes with the tensor.
     with safe_open(file, framework="pt") as tensors:  # pyright: ignore[reportPrivateImportUsage]
-        return tensors.get_tensor(name).to(torch.float32, copy=True)
+        return tensors.get_tensor(name).to(torch.float32)
 
 
 def _read_safetensors(file: Path, shapes_only: bool) -> dict[str, Tensor]:

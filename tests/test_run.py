@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from ds_deberta.data import DebertaTokenizer
+from ds_deberta.hf import export_checkpoint
 from ds_deberta.model import DebertaForMaskedLM, DebertaForRTD, load_model_config
 from ds_deberta.warm_start import load_pretrained
 from tests.launch import ROOT, clean_environment, free_port, left_in_shared_memory
@@ -102,6 +104,10 @@ def test_the_export_loads_in_transformers_and_keeps_the_tokenizer(finished, data
     for name in ("generator", "discriminator"):
         folder = output_dir / "export" / name
         _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+        heads = {key.split(".")[0] for key in info.pop("unexpected_keys")}
+        assert (
+            heads == {"generator": {"lm_predictions"}, "discriminator": {"mask_predictions"}}[name]
+        )
         assert not any(info.values()), info
         text = "The old  king builds a river, and the city runs."
         ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
@@ -115,6 +121,36 @@ def test_a_finished_run_started_again_does_nothing(finished, data_dir, tiny_mode
     arguments = flags(data_dir, tiny_model_file, output_dir, "--objective", "rtd")
     assert "the training was complete already" in run(sys.executable, "run_pretrain.py", *arguments)
     assert (output_dir / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.distributed
+def test_a_finished_run_exports_what_it_could_not_export(
+    finished, data_dir, tiny_model_file, tmp_path
+):
+    """Its last export is of an earlier checkpoint, and there is no room for a new one at first."""
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished[0], output_dir)
+    export = output_dir / "export"
+    shutil.rmtree(export)
+    export_checkpoint(output_dir / "checkpoints/step_0000003", export)
+    command = [
+        *(sys.executable, "run_pretrain.py"),
+        *flags(data_dir, tiny_model_file, output_dir, "--objective", "rtd"),
+    ]
+    export.with_suffix(".tmp").touch()  # in the way of the new one
+
+    printed = run(*command, status=1)
+    assert "step_0000006 could not be exported" in printed
+    assert "The checkpoint is kept" in printed
+    assert "Traceback" not in printed
+    assert json.loads((export / "export.json").read_text())["step"] == 3
+
+    export.with_suffix(".tmp").unlink()
+    printed = run(*command)
+    assert f"exported {output_dir / 'checkpoints/step_0000006'}" in printed
+    for file in (path for path in export.rglob("*") if path.is_file()):
+        expected = finished[0] / "export" / file.relative_to(export)
+        assert file.read_bytes() == expected.read_bytes(), file
 
 
 @pytest.mark.distributed
@@ -204,7 +240,9 @@ def test_mlm_trains_on_two_processes_of_torchrun(data_dir, tiny_model_file, tmp_
     )
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["mlm_loss"] < rows[0]["mlm_loss"]
-    _, info = AutoModel.from_pretrained(tmp_path / "run/export/model", output_loading_info=True)
+    _, info = AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "run/export/model", output_loading_info=True
+    )
     assert not any(info.values()), info
 
 
