@@ -7,7 +7,7 @@
 # WORLD_SIZE, RANK and MASTER_ADDR, if set, count nodes: start it on each of them.
 # MASTER_PORT is the port where the processes meet; default on one node: a free one.
 # --procs_per_node N: processes of a node; default: one for each device, one on a CPU.
-# Without --data_dir: WikiText-103.
+# Without --data_dir: the demo corpus for the nano preset, WikiText-103 for the others.
 set -euo pipefail
 cd "$(dirname "$0")"
 [ ! -d .venv ] || PATH="$PWD/.venv/bin:$PATH"
@@ -17,6 +17,7 @@ preset=$1
 shift
 
 data=data/wikitext-103
+[ "$preset" != deberta-nano ] || data=data/demo
 [[ " $* " == *" --data_dir"* ]] || make --silent "$data/manifest.json"
 
 # shellcheck disable=SC2086 # the launcher's options are words

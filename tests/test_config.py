@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ds_deberta.config import parse
+from ds_deberta.optim import warmup_steps
 from ds_deberta.recipes import RECIPES
 from tests.launch import ROOT
 
@@ -18,6 +19,16 @@ def test_the_recipe_fills_in_and_the_command_line_wins():
     run = parse([*RTD, "--learning_rate", "2e-4", "--train_batch_size", "32"])
     assert (run.optim.learning_rate, run.train.train_batch_size) == (2e-4, 32)
     assert run.train.num_training_steps == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("objective", "preset"), [("mlm", "deberta-nano"), ("rtd", "deberta-v3-nano")]
+)
+def test_a_shorter_run_of_a_nano_preset_warms_up_as_long(objective, preset):
+    command = ["--objective", objective, "--model", preset, "--output_dir", "x"]
+    for more in ([], ["--num_training_steps", "400"]):
+        run = parse([*command, *more])
+        assert warmup_steps(run.optim, run.train.num_training_steps) == 100
 
 
 def test_the_saved_configuration_loads_again(tmp_path):

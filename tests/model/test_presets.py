@@ -18,6 +18,7 @@ from ds_deberta.model import (
 # layers, hidden, heads, feed-forward
 SIZES = {
     "bert-base": (12, 768, 12, 3072),
+    "deberta-nano": (2, 128, 2, 512),
     "deberta-base": (12, 768, 12, 3072),
     "xlarge-v2": (24, 1536, 24, 6144),
     "xxlarge-v2": (48, 1536, 24, 6144),
@@ -123,7 +124,9 @@ def test_presets_have_the_sizes_of_the_original(name: str):
     assert sizes == SIZES[name]
     assert config.head_size == 64
     assert config.hidden_act == "gelu"
-    assert config.initializer_range == 0.02
+    # Narrower than any published model: wider weights, by the root of the width.
+    scaled = {"deberta-nano": 0.049, "deberta-v3-nano": 0.049, "deberta-v3-xsmall": 0.035}
+    assert config.initializer_range == scaled.get(name, 0.02)
     assert config.max_position_embeddings == 512
     assert config.position_buckets == 256
     assert config.max_relative_positions == -1
@@ -133,7 +136,7 @@ def test_presets_have_the_sizes_of_the_original(name: str):
     assert config.type_vocab_size == 0
     assert config.vocab_size == 128100
     assert config.pad_token_id == 0
-    dropout = 0.0 if name == "deberta-v3-nano" else 0.1
+    dropout = 0.0 if name.endswith("nano") else 0.1
     assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == dropout
     plain = name == "bert-base"
     assert config.relative_attention is not plain
