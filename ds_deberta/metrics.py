@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ds_deberta.data.shards import write_durably
-from ds_deberta.distributed import gather_across_ranks, is_main, logger, sum_across_ranks
+from ds_deberta.distributed import is_main, logger, sum_across_ranks
 from ds_deberta.objectives import Metrics
+from ds_deberta.ranking import Ranking
 
 _TENSORBOARD_GROUPS = {  # the first prefix that fits names the chart's group
     "rtd_": "rtd",
@@ -124,13 +126,19 @@ class MetricTracker:
             self._writer: SummaryWriter | None = SummaryWriter(
                 str(self._tensorboard), purge_step=start_step + 1
             )
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
+            self._console = ExitStack()
+            self._bar = self._console.enter_context(
+                tqdm(
+                    total=total_steps,
+                    initial=start_step,
+                    unit="step",
+                    miniters=1,  # else slow steps after fast ones would not move it
+                    dynamic_ncols=True,
+                    disable=not sys.stderr.isatty(),
+                )
             )
+            if not self._bar.disable:  # lines of the log stand above it
+                self._console.enter_context(logging_redirect_tqdm([logger]))
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -147,13 +155,15 @@ class MetricTracker:
         self._window_start += time.perf_counter() - start
 
     def update(self, metrics: Metrics, *, applied: bool = True) -> None:
-        """Remember one step. Nothing leaves the device.
+        """Remember one step, and move the bar. Nothing leaves the device.
 
         Args:
             metrics: what it measured.
             applied: if the weights were not updated, only its tokens count: its losses may be NaN.
         """
         self._tokens.append(metrics.tokens)
+        if is_main():
+            self._bar.update()
         if not applied:
             return
         if self._steps:  # the AUC is taken over the last step alone: free the others' scores
@@ -220,7 +230,7 @@ class MetricTracker:
     def close(self) -> None:
         """Flush and close the files."""
         if is_main():
-            self._bar.close()
+            self._console.close()
             self._append_lines()
             self._draw(SummaryWriter.close)
 
@@ -294,11 +304,9 @@ class MetricTracker:
                 f"{values['tokens_per_second']:,.0f} tokens/s  ETA {hours}:{minutes:02d} h"
             )
         else:
-            self._bar.set_postfix_str(_format(values), refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(_format(values))
 
     def _say(self, line: str, level: int = logging.INFO) -> None:
-        self._bar.clear()
         logger.log(level, line)
 
 

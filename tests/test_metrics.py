@@ -1,8 +1,11 @@
 import json
 import math
+import re
+import sys
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from ds_deberta.distributed import logger
 from ds_deberta.metrics import MetricTracker, reduce_metrics
@@ -90,6 +93,23 @@ def test_a_log_covers_all_steps_since_the_last_one(tracker, tmp_path):
     assert (second["generator_loss"], second["learning_rate"]) == (7.0, 0.25)
     assert first["tokens_per_second"] > 0
     assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 1e-3)
+
+
+def test_the_bar_moves_with_every_step_and_stands_where_the_run_stopped(
+    tmp_path, monkeypatch, capsys
+):
+    """Also with steps that were not applied, and without a value read from the device."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
+    tracker = make_tracker(tmp_path, start_step=40)
+    on_device = Metrics({}, tokens=torch.empty((), device="meta"))  # has no value to read
+    for applied in (True, False, True):
+        tracker.update(on_device, applied=applied)
+        tracker._bar.refresh()
+        logger.warning("a line of the log")
+    tracker.close()
+    shown = re.findall(r"\d+/100", capsys.readouterr().err)
+    assert list(dict.fromkeys(shown)) == ["40/100", "41/100", "42/100", "43/100"]
 
 
 def test_an_undefined_value_is_null_in_the_file(tracker, tmp_path):
