@@ -330,26 +330,36 @@ def _peak_memory() -> int:
 
 
 def _drop_entries_after(path: Path, step: int) -> None:
-    """Keep only what a resumed run will not write again."""
+    """Keep only what a resumed run will not write again.
+
+    Blank lines, and a last line that a crash cut short, are dropped: no restart waits for them.
+    """
     if not path.exists():
         return
+    lines = enumerate(path.read_bytes().splitlines(), 1)
+    lines = [(number, line) for number, line in lines if line.strip()]
     kept = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
+    for number, line in lines:
+        entry_step = _step_of(line)
+        if entry_step is None and number == lines[-1][0]:
             logger.warning("%s: dropped line %d, which a crash cut short", path, number)
-            break
-        try:
-            entry_step = json.loads(line)["step"]
-            if not isinstance(entry_step, int):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
+        elif entry_step is None:
             raise ValueError(
-                f"{path}, line {number}, must be a JSON object with a step; got {line.strip()!r}. "
+                f"{path}, line {number}, must be a JSON object with a step; got {line!r:.100}. "
                 "Repair the line or remove it, then resume."
-            ) from None
-        if entry_step <= step:
-            kept.append(line)
+            )
+        elif entry_step <= step:
+            kept.append(line + b"\n")
     write_durably(path, lambda file: file.write(b"".join(kept)))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of an entry; None if the line is not one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

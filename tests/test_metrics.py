@@ -129,15 +129,23 @@ def test_a_resumed_run_drops_what_it_will_write_again(tracker, tmp_path):
     ]
 
 
-def test_a_line_that_a_crash_cut_short_is_dropped_and_announced(tracker, tmp_path, caplog):
+@pytest.mark.parametrize("cut", ['{"step": 11, "gener', '{"step": 1\n', "\0" * 99, "\n\nnull\n \n"])
+def test_a_line_that_a_crash_cut_short_is_dropped_and_announced(tracker, tmp_path, caplog, cut):
     logger.propagate = True  # for caplog
     tracker.log_eval(10, {"generator_loss": 10.0})
     tracker.close()
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 11, "gener')
+    path.write_text(path.read_text() + cut)
     make_tracker(tmp_path, start_step=10).log_eval(20, {"generator_loss": 20.0})
     assert [row["step"] for row in rows(tmp_path)] == [10, 20]
-    assert "line 2, which a crash cut short" in caplog.text
+    assert re.search(r"line [24], which a crash cut short", caplog.text)
+
+
+def test_blank_lines_are_dropped_wherever_they_are(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text('\n{"step": 1}\n \n{"step": 2}\n\n\n')
+    make_tracker(tmp_path, start_step=10)
+    assert rows(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert "cut short" not in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["not JSON", "[1]", '{"split": "train"}'])
