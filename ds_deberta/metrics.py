@@ -56,42 +56,54 @@ def reduce_metrics(
         Every mean by its name; `perplexity`; for a discriminator also `rtd_gain` (entropy of the
         realised replacement rate minus the loss, nats), `rtd_auc`, `rtd_average_precision`.
     """
-    names = list(steps[0].means)
-    pairs = torch.stack(
-        [
-            torch.stack([torch.stack([x.double() for x in step.means[name]]) for name in names])
-            for step in steps
-        ]
-    ).sum(0)  # [names, 2]
-    values = {
-        name: total / count if count else math.nan
-        for name, (total, count) in zip(names, sum_across_ranks(pairs).tolist(), strict=True)
-    }
-    for loss in ("generator_loss", "mlm_loss"):
-        if loss in values:
-            values["perplexity"] = math.exp(min(values[loss], 700.0))
-    if "replaced_fraction" in values:
-        values["rtd_gain"] = _entropy(values["replaced_fraction"]) - values["discriminator_loss"]
-        values |= _ranking_quality([step.scores for step in scores_of if step.scores])
-    return values
+    sums = MetricSums()
+    for step in steps:
+        sums.add(replace(step, scores=None))
+    for step in scores_of:
+        sums.rank(step)
+    return sums.values()
+
+
+class MetricSums:
+    """Adds up what steps or batches measured, in memory that does not grow with their number."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._pairs: Tensor | None = None  # [names, 2] float64: sums and counts
+        self._ranking = Ranking()
+
+    def add(self, metrics: Metrics) -> None:
+        """Add one step or batch, its scores, too. Nothing leaves the device."""
+        self._names = list(metrics.means)
+        pairs = torch.stack([torch.stack([x.double() for x in p]) for p in metrics.means.values()])
+        self._pairs = pairs if self._pairs is None else self._pairs + pairs
+        self.rank(metrics)
+
+    def rank(self, metrics: Metrics) -> None:
+        """Add its scores alone, if it has some."""
+        if metrics.scores:
+            self._ranking.add(metrics.scores)
+
+    def values(self) -> dict[str, float]:
+        """As `reduce_metrics`. Every rank must call it. Syncs."""
+        assert self._pairs is not None
+        pairs = sum_across_ranks(self._pairs).tolist()
+        values = {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(self._names, pairs, strict=True)
+        }
+        for loss in ("generator_loss", "mlm_loss"):
+            if loss in values:
+                values["perplexity"] = math.exp(min(values[loss], 700.0))
+        if "replaced_fraction" in values:
+            entropy = _entropy(values["replaced_fraction"])
+            values["rtd_gain"] = entropy - values["discriminator_loss"]
+            values["rtd_auc"], values["rtd_average_precision"] = self._ranking.quality()
+        return values
 
 
 def _entropy(p: float) -> float:
     return -p * math.log(p) - (1 - p) * math.log(1 - p) if 0 < p < 1 else 0.0
-
-
-def _ranking_quality(scores: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
-    # Here, for it takes seconds to import, and MLM does without.
-    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
-
-    logits = gather_across_ranks(torch.cat([logits[mask].float() for logits, _, mask in scores]))
-    replaced = gather_across_ranks(torch.cat([label[mask].int() for _, label, mask in scores]))
-    if len(replaced) == 0 or replaced.min() == replaced.max() or not logits.isfinite().all():
-        return {"rtd_auc": math.nan, "rtd_average_precision": math.nan}
-    return {
-        "rtd_auc": binary_auroc(logits, replaced).item(),
-        "rtd_average_precision": binary_average_precision(logits, replaced).item(),
-    }
 
 
 class MetricTracker:

@@ -13,8 +13,8 @@ from ds_deberta.data.loader import Batch
 from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.distributed import logger, seed_step
 from ds_deberta.health import Health, TrainingLostError
-from ds_deberta.metrics import MetricTracker, reduce_metrics
-from ds_deberta.objectives import Metrics, Objective
+from ds_deberta.metrics import MetricSums, MetricTracker
+from ds_deberta.objectives import Objective
 from ds_deberta.stop import StopRequest
 from ds_deberta.watchdog import Watchdog
 
@@ -188,10 +188,14 @@ def evaluate(
     modules = [engine.module for engine in objective.engines.values()]
     for module in modules:
         module.eval()
-    measured: list[Metrics] = [objective.eval_step(batch.to(device)) for batch in batches]
+    sums, examples = MetricSums(), {}
+    for batch in batches:
+        measured = objective.eval_step(batch.to(device))
+        sums.add(measured)
+        examples = examples or measured.examples
     for module in modules:
         module.train()
-    return reduce_metrics(measured, scores_of=measured), measured[0].examples
+    return sums.values(), examples
 
 
 def engine_stats(objective: Objective) -> dict[str, float]:
