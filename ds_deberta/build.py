@@ -44,6 +44,8 @@ from ds_deberta.optim import warmup_steps
 from ds_deberta.warm_start import load_initial
 from ds_deberta.weights import Role, Source, find_source
 
+# They cost about a third of what training on them does: 11 steps of 64 x 512.
+_EVALUATED_TOKENS = 2**20
 # What may change when a run goes on; all else about its optimizer must stay.
 _MAY_CHANGE = ("warmup", "lr_schedule", "decay_fraction", "lr_end")
 
@@ -293,7 +295,8 @@ def build_train_batches(
 
 def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Iterable[Batch] | None:
     """This rank's share of the held-out rows; None if the data have none."""
-    if not held_out_rows(run):
+    evaluated, _ = evaluated_rows(run)
+    if not evaluated:
         return None
     return loader.build_valid_batches(
         data_dir=run.data.data_dir,
@@ -301,16 +304,25 @@ def build_valid_batches(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Ite
         masker=build_masker(run, tokenizer),
         micro_batch_size=run.train.micro_batch(world_size()),
         seed=run.seed,
+        rows=evaluated,
         rank=rank(),
         world_size=world_size(),
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def held_out_rows(run: PretrainConfig) -> int:
-    """How many rows the data hold out; 0 if they were prepared with `--valid_fraction 0`."""
-    split = Manifest.load(run.data.data_dir).splits.get("valid")
-    return split.rows if split else 0
+def evaluated_rows(run: PretrainConfig) -> tuple[int, int]:
+    """How many rows each evaluation reads, of how many that are held out.
+
+    None are if the data were prepared with `--valid_fraction 0`.
+    """
+    manifest = Manifest.load(run.data.data_dir)
+    split = manifest.splits.get("valid")
+    held_out = split.rows if split else 0
+    wanted = run.train.eval_rows
+    if wanted is None:
+        wanted = _EVALUATED_TOKENS // manifest.max_seq_length
+    return min(wanted or held_out, held_out), held_out
 
 
 def build_checkpointer(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Checkpointer:
@@ -374,12 +386,13 @@ def describe_batch(run: PretrainConfig) -> str:
 
 def describe_evaluation(run: PretrainConfig) -> str:
     """What each evaluation reads."""
-    if not (rows := held_out_rows(run)):
+    evaluated, held_out = evaluated_rows(run)
+    if not evaluated:
         return (
             f"none, because {run.data.data_dir} has no held-out rows: this run does not evaluate, "
             "and cannot see a collapse"
         )
-    return f"{rows:,} held-out rows"
+    return f"{evaluated:,} of {held_out:,} held-out rows"
 
 
 def build_metrics(

@@ -33,6 +33,9 @@ class TrainConfig:
     """Optimizer steps between log lines."""
     eval_interval: int | None = None
     """Optimizer steps between evaluations; default: --dump_interval."""
+    eval_rows: int | None = None
+    """Held-out rows of each evaluation, evenly spaced and the same each time; 0: all. Default: as
+    many as hold 2^20 tokens, which costs about a third of what training on them does."""
     dump_interval: int = 10_000
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 3
@@ -48,8 +51,9 @@ class TrainConfig:
         for name in ("micro_batch_size", "eval_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.keep_checkpoints < 0:
-            raise ValueError(f"keep_checkpoints must not be negative, got {self.keep_checkpoints}")
+        for name in ("keep_checkpoints", "eval_rows"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def micro_batch(self, world_size: int) -> int:
         """Rows per process and forward pass.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_deberta.build import build_objective, refuse_mixing
+from ds_deberta.build import build_objective, describe_evaluation, evaluated_rows, refuse_mixing
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.model import load_model_config
 from ds_deberta.resolve import resolve
@@ -49,3 +49,18 @@ def test_compiling_is_refused_on_a_cpu_without_a_compiler(data_dir, tokenizer, m
 def test_other_models_and_other_data_are_not(model: str, data: str, request):
     run = run_of(model, request.getfixturevalue(data))
     refuse_mixing(run, {"model": load_model_config(model)})
+
+
+def test_an_evaluation_reads_a_million_tokens_unless_a_number_is_given(data_dir, monkeypatch):
+    run = run_of("bert-base", data_dir)
+
+    def read(eval_rows: int | None) -> tuple[int, int]:
+        return evaluated_rows(replace(run, train=replace(run.train, eval_rows=eval_rows)))
+
+    assert [read(rows) for rows in (None, 0, 5, 99)] == [(24, 24), (24, 24), (5, 24), (24, 24)]
+    monkeypatch.setattr("ds_deberta.build._EVALUATED_TOKENS", 10 * 32)
+    assert read(None) == (10, 24)
+    assert read(0) == (24, 24)
+    assert describe_evaluation(run) == "10 of 24 held-out rows"
+    with pytest.raises(ValueError, match="eval_rows must not be negative"):
+        read(-1)

@@ -167,6 +167,7 @@ def build_valid_batches(
     masker: NGramMasker,
     micro_batch_size: int,
     seed: int,
+    rows: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
@@ -174,14 +175,19 @@ def build_valid_batches(
 ) -> Iterable[Batch]:
     """Return one rank's share of a validation pass, to be iterated as often as wanted.
 
-    Over all ranks every row comes once, in order, with the same mask in every pass. All ranks get
-    the same number of batches of the same size; empty rows fill the last ones.
+    Over all ranks every row comes once, in order, with the same mask in every pass; or, evenly
+    spaced, as many as `rows` says. All ranks get the same number of batches of the same size;
+    empty rows fill the last ones.
     """
     dataset = _open_split(data_dir, split, tokenizer, masker)
     return _build_loader(
         MaskingCollator(dataset, masker, seed=seed ^ VALIDATION_STREAM),
         PaddedSequentialSampler(
-            len(dataset), batch_size=micro_batch_size, rank=rank, world_size=world_size
+            len(dataset),
+            batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            used=rows,
         ),
         batch_size=micro_batch_size,
         num_workers=num_workers,

@@ -78,23 +78,34 @@ class ResumableSampler:
 
 
 class PaddedSequentialSampler:
-    """Yield one rank's (row, row) of a pass over all rows, once and in order.
+    """Yield one rank's (row, row) of a pass over all rows, or `used` of them, once and in order.
 
-    Every rank yields as many samples, a multiple of `batch_size`; those past the end are EMPTY.
+    Those that are used lie evenly spaced, and are the same for any number of ranks. Every rank
+    yields as many samples, a multiple of `batch_size`; those past the end are EMPTY.
     """
 
-    def __init__(self, num_rows: int, *, batch_size: int, rank: int, world_size: int):
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        used: int | None = None,
+    ):
         self.num_rows = num_rows
+        self.used = num_rows if used is None else min(used, num_rows)
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
 
     def __len__(self) -> int:
-        return self.batch_size * -(-self.num_rows // (self.batch_size * self.world_size))
+        return self.batch_size * -(-self.used // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for row in range(self.rank, len(self) * self.world_size, self.world_size):
-            yield (row, row) if row < self.num_rows else EMPTY
+        for i in range(self.rank, len(self) * self.world_size, self.world_size):
+            row = i * self.num_rows // self.used
+            yield (row, row) if i < self.used else EMPTY
 
 
 def permute(index: int, n: int, key: int) -> int:

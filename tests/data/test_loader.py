@@ -224,6 +224,23 @@ def test_validation_reads_every_row_once_and_fills_up_with_empty_rows(settings, 
     assert whole.original_ids()[empty].eq(0).all()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 22, 23, 99])
+def test_a_part_of_validation_is_evenly_spaced_and_masked_as_in_the_whole(settings, rows):
+    whole = join(list(build_valid_batches(**settings)))
+    expected = [i * 23 // rows for i in range(rows)] if rows < 23 else list(range(23))
+    for world_size in (1, 3):
+        parts = [
+            list(build_valid_batches(**settings, rows=rows, rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]
+        assert len({len(batches) for batches in parts}) == 1
+        part = join([batch for batches in parts for batch in batches])
+        order = part.sample_numbers.argsort()[part.sample_numbers.eq(-1).sum() :]
+        assert part.sample_numbers[order].tolist() == expected
+        by_number = whole.sample_numbers.argsort()[whole.sample_numbers.eq(-1).sum() :]
+        assert torch.equal(part.input_ids[order], whole.input_ids[by_number][expected])
+
+
 def test_validation_masks_depend_on_the_row_and_the_seed_alone(settings):
     valid = build_valid_batches(**settings)
     first, second = join(list(valid)), join(list(valid))
