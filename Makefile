@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.complete
+# Data are prepared with what is there; only `setup` and what needs all packages build .venv.
+DATA_PYTHON ?= $(if $(wildcard $(SETUP)),$(BIN)/python,$(PYTHON))
 
 .PHONY: pretrain setup check format test test-faults bench bench-gpu
 .DELETE_ON_ERROR:
@@ -20,17 +22,17 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $@
 
 # The demo corpus: the Wikipedia sample of the gensim package, with a vocabulary of its own.
-data/demo/manifest.json: | $(SETUP)
-	$(BIN)/python data_tools/download.py demo -o data/raw/demo
-	$(BIN)/python data_tools/train_tokenizer.py -i data/raw/demo -o data/raw/demo.spm.model --vocab_size 2048
-	$(BIN)/python data_tools/prepare_data.py -i data/raw/demo -o data/demo --vocab data/raw/demo.spm.model \
+data/demo/manifest.json:
+	$(DATA_PYTHON) data_tools/download.py demo -o data/raw/demo
+	$(DATA_PYTHON) data_tools/train_tokenizer.py -i data/raw/demo -o data/raw/demo.spm.model --vocab_size 2048
+	$(DATA_PYTHON) data_tools/prepare_data.py -i data/raw/demo -o data/demo --vocab data/raw/demo.spm.model \
 		--max_seq_length 32 --valid_fraction 0.08
 
 # WikiText-103 with the public DeBERTa-v3 vocabulary, from the Hugging Face hub.
-data/wikitext-103/manifest.json: | $(SETUP)
-	$(BIN)/python data_tools/download.py wikitext-103 -o data/raw/wikitext-103
-	$(BIN)/python data_tools/download.py spm -o data/raw
-	$(BIN)/python data_tools/prepare_data.py -i data/raw/wikitext-103/wiki.train.raw \
+data/wikitext-103/manifest.json:
+	$(DATA_PYTHON) data_tools/download.py wikitext-103 -o data/raw/wikitext-103
+	$(DATA_PYTHON) data_tools/download.py spm -o data/raw
+	$(DATA_PYTHON) data_tools/prepare_data.py -i data/raw/wikitext-103/wiki.train.raw \
 		--valid_input data/raw/wikitext-103/wiki.valid.raw -o data/wikitext-103 \
 		--vocab data/raw/spm.model --max_seq_length 512
 

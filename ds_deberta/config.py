@@ -32,7 +32,7 @@ from ds_deberta.trainer import TrainConfig
 class DataConfig:
     """What is read, and how it is masked."""
 
-    data_dir: Path = Path("data/demo/shards")
+    data_dir: Path = Path("data/demo")
     """Folder that data_tools/prepare_data.py wrote; it carries its vocabulary."""
     max_seq_length: int | None = None
     """Tokens per row, [CLS] and [SEP] included; shorter rows are padded. Default: the length that
@@ -106,7 +106,8 @@ class PretrainConfig:
     output_dir: Path
     """Folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, export/."""
     deepspeed_config: Path = Path("ds_configs/zero1_auto.json")
-    """DeepSpeed JSON: ZeRO stage, precision, clipping, communication, offload."""
+    """DeepSpeed JSON: ZeRO stage, precision, clipping, communication, offload. Those of ds_configs/
+    are found from any folder."""
     seed: int = 1234
     """Of weights, order, masks, samples and dropout."""
     resume: Literal["auto", "never"] = "auto"
@@ -124,6 +125,7 @@ class PretrainConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "deepspeed_config", _or_shipped(self.deepspeed_config))
         if self.objective == "rtd" and self.data.max_ngram != 1:
             raise ValueError(
                 f"max_ngram must be 1 for RTD, which masks single tokens; got {self.data.max_ngram}"
@@ -227,6 +229,13 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         return Command(run=_build(PretrainConfig, filled), **instead_of_run)
     except ValueError as error:
         parser.exit(2, f"run_pretrain.py: {error}\n")
+
+
+def _or_shipped(path: Path) -> Path:
+    """A file of ds_configs/ beside the package, if the current folder has no such file."""
+    shipped = Path(__file__).parent.parent / path
+    is_shipped = path.parts[:1] == ("ds_configs",) and shipped.is_file()
+    return shipped if is_shipped and not path.exists() else path
 
 
 def preset_names() -> str:

@@ -42,12 +42,14 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line; returns the status to end with."""
     parser = argparse.ArgumentParser(prog="ds_deberta.launch", allow_abbrev=False, add_help=False)
     parser.add_argument("--procs_per_node", type=int)
+    parser.add_argument("--master_port")
     given, words = parser.parse_known_args(argv)
     with tempfile.TemporaryFile("w") as hostfile:  # nameless: nothing is left of it
         hostfile_name = f"/proc/{os.getpid()}/fd/{hostfile.fileno()}"
         try:
             place = find_node(os.environ)
             options, command = split_command(words)
+            options += ["--master_port", given.master_port] if given.master_port else []
             check_options(options, place, given.procs_per_node, command)
             added = placing_options(options, place, given.procs_per_node, hostfile_name)
             added += port_options(options, place, os.environ)

@@ -5,6 +5,7 @@ scripts; what differs says why. The architectures are in model/presets.py.
 """
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,21 +92,28 @@ def recipe(objective: str, model: str) -> dict[str, Any]:
 def main() -> None:
     """`python -m ds_deberta.recipes OBJECTIVE PRESET`: silent for a preset, else lists them all.
 
-    The scripts' check of their first word; ends with status 2 where it is no preset.
+    The scripts' check of their first word; ends with status 2 where it is neither a preset nor
+    --help.
     """
     objective, preset = sys.argv[1:]
     if preset in RECIPES[objective]:
         return
+    usage = f"./{objective}.sh PRESET [flags of run_pretrain.py]"
+    if preset == "--help":
+        print("\n".join([f"{usage}; they win over the preset's recipe", "", *_presets(objective)]))  # noqa: T201
+        return
     problem = f"there is no preset {preset!r}" if preset else "name a preset"
-    lines = [f"{problem}: ./{objective}.sh PRESET [flags of run_pretrain.py]\n"]
+    sys.stderr.write("\n".join([f"{problem}: {usage}", "", *_presets(objective)]) + "\n")
+    sys.exit(2)
+
+
+def _presets(objective: str) -> Iterator[str]:
     for name in RECIPES[objective]:
         config = load_model_config(name)
-        lines.append(
+        yield (
             f"  {name:28}{config.num_hidden_layers:3} layers x {config.hidden_size:4}, "
             f"{backbone_parameters(config) / 1e6:7.1f}M parameters beside the embeddings"
         )
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.exit(2)
 
 
 def backbone_parameters(config: DebertaConfig) -> int:

@@ -149,13 +149,16 @@ echo --- >> "$RECORD"
 @pytest.mark.parametrize("script", ["rtd.sh", "mlm.sh"])
 def test_scripts_pass_names_on_as_they_are(tmp_path, script):
     """With a stand-in for python that writes down its words."""
-    shutil.copy(ROOT / script, tmp_path / script)  # no .venv beside it
+    for name in (script, "preset.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)  # no .venv beside it
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(FAKE_PYTHON)
     (tmp_path / "bin/python").chmod(0o755)
     environment = clean_environment() | {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
         "RECORD": str(tmp_path / "record"),
+        "VIRTUAL_ENV": "",
+        "CONDA_PREFIX": "",
     }
     for preset in ("bert-base", NASTY):
         words = [f"./{script}", preset, "--data_dir", NASTY, "--output_dir", NASTY]
