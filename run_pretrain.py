@@ -69,7 +69,7 @@ def pretrain(run: PretrainConfig) -> int:
         raise SystemExit(2) from None
 
     was_complete = state.step >= run.train.num_training_steps
-    health = build.build_health(run, metrics)
+    health = build.build_health(run, tokenizer, valid_batches, metrics, device)
     watchdog = Watchdog(run.output_dir / "stacks", run.health.hang_timeout)
     lost = None
     with StopRequest() as stop, watchdog:

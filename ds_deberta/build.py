@@ -13,10 +13,18 @@ from ds_deberta.agreement import check_same, data_fingerprint, on_all_ranks
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.compatibility import fit_configs
 from ds_deberta.config import ModelConfig, PretrainConfig
-from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, loader
+from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, ShardDataset, loader
 from ds_deberta.data.loader import Batch
 from ds_deberta.data.sampler import SkippedSamples
-from ds_deberta.distributed import computes_in_bf16, is_main, logger, rank, world_size
+from ds_deberta.data.unigram import Unigram, UnigramLevel
+from ds_deberta.distributed import (
+    computes_in_bf16,
+    is_main,
+    logger,
+    rank,
+    sum_across_ranks,
+    world_size,
+)
 from ds_deberta.engine import (
     DeepSpeedFacts,
     describe,
@@ -418,7 +426,37 @@ def build_metrics(
     return metrics
 
 
-def build_health(run: PretrainConfig, metrics: MetricTracker) -> Health:
-    """What looks out for skipped updates and collapse."""
+def build_health(
+    run: PretrainConfig,
+    tokenizer: DebertaTokenizer,
+    valid_batches: Iterable[Batch] | None,
+    metrics: MetricTracker,
+    device: torch.device,
+) -> Health:
+    """What looks out for skipped updates and collapse. Every rank must call it."""
+    level = unigram_level(run, tokenizer, valid_batches, device)
+    if level:
+        logger.info(
+            "a model that ignores the context would reach loss %.4f and accuracy %.2f%% in each "
+            "evaluation",
+            level.loss,
+            100 * level.accuracy,
+        )
     warmup = warmup_steps(run.optim, run.train.num_training_steps)
-    return Health(run.health, metrics, warmup_steps=warmup)
+    return Health(run.health, metrics, warmup_steps=warmup, unigram=level)
+
+
+def unigram_level(
+    run: PretrainConfig,
+    tokenizer: DebertaTokenizer,
+    valid_batches: Iterable[Batch] | None,
+    device: torch.device,
+) -> UnigramLevel | None:
+    """What token frequencies alone give in an evaluation; None if there is nothing to evaluate."""
+    if valid_batches is None:
+        return None
+    train_rows = ShardDataset(run.data.data_dir, "train", Manifest.load(run.data.data_dir))
+    unigram = Unigram.of(train_rows, tokenizer.num_tokens, tokenizer.special)
+    totals = unigram.score_batches(valid_batches, build_masker(run, tokenizer))
+    loss, correct, count = sum_across_ranks(torch.from_numpy(totals).to(device)).tolist()
+    return UnigramLevel(loss / count, correct / count) if count else None

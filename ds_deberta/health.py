@@ -5,12 +5,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ds_deberta.data.unigram import UnigramLevel
 from ds_deberta.distributed import COLLECTIVE_TIMEOUT
 from ds_deberta.metrics import MetricTracker, reduce_metrics
 from ds_deberta.objectives import Engine, Metrics
 
 # A discriminator whose AUC stays under this tells replaced tokens no better than chance.
 COLLAPSE_AUC = 0.55
+# A model that ignores the context comes about as near to the level of token frequencies.
+UNIGRAM_MARGIN = 0.05  # nats
 _COLLECTIVE_TIMEOUT = COLLECTIVE_TIMEOUT.total_seconds()
 
 
@@ -26,7 +29,8 @@ class HealthConfig:
     """Updates of a model skipped in a row, for loss or gradients were not finite, that end the run.
     In fp16 the first ones look for the loss scale: allow initial_scale_power and some more."""
     collapse_evaluations: int = 3
-    """Evaluations in a row with an AUC near chance, or with a rising loss, that mean a collapse."""
+    """Evaluations in a row, after the warm-up, that mean a collapse: with an AUC near chance, a
+    rising loss, or a generator (or MLM) no better than a model that ignores the context."""
     stop_on_collapse: bool = False
     """Save and end the run when it has collapsed, with status 1; else it is only announced."""
     hang_timeout: float = 1800.0
@@ -53,12 +57,22 @@ class Health:
         config: how much is too much.
         metrics: where to write what is seen.
         warmup_steps: a collapse is not looked for earlier.
+        unigram: what a model that ignores the context reaches in the same evaluations; None if
+            there are none.
     """
 
-    def __init__(self, config: HealthConfig, metrics: MetricTracker, *, warmup_steps: int) -> None:
+    def __init__(
+        self,
+        config: HealthConfig,
+        metrics: MetricTracker,
+        *,
+        warmup_steps: int,
+        unigram: UnigramLevel | None = None,
+    ) -> None:
         self._config = config
         self._metrics = metrics
         self._warmup_steps = warmup_steps
+        self._unigram = unigram
         self.collapsed = ""
         """What tells of the collapse that the run is to end for."""
         self._skipped: Counter[str] = Counter()  # by engine, in a row
@@ -129,7 +143,7 @@ class Health:
                 message = f"{signs[name]}, at {count} evaluations in a row: this has collapsed"
                 self._metrics.warn("collapse", step, message, {"sign": name, "evaluations": count})
                 if self._config.stop_on_collapse:
-                    self.collapsed = message
+                    self.collapsed = self.collapsed or message
 
     def _signs_in(self, values: Mapping[str, float]) -> dict[str, str]:
         signs = {}
@@ -141,6 +155,7 @@ class Health:
             )
         for name in ("generator_loss", "mlm_loss"):
             if name in values:
+                signs |= self._ignorance(values[name], values.get("mlm_accuracy", math.nan))
                 before = self._last_losses.get(name, math.inf)
                 if not values[name] <= before:  # NaN does not fall either
                     signs[name] = (
@@ -150,3 +165,17 @@ class Health:
                 if math.isfinite(values[name]):
                     self._last_losses[name] = values[name]
         return signs
+
+    def _ignorance(self, loss: float, accuracy: float) -> dict[str, str]:
+        """The sign of a generator (or MLM) that has learned how frequent tokens are, no more."""
+        level = self._unigram
+        if level is None or not (loss >= level.loss - UNIGRAM_MARGIN or accuracy <= level.accuracy):
+            return {}
+        return {
+            "unigram": (
+                "the model that predicts masked tokens is no better than one that ignores the "
+                f"context (loss {loss:.4f}, accuracy {accuracy:.2%}; token frequencies alone give "
+                f"{level.loss:.4f} and {level.accuracy:.2%}; lower --learning_rate, or lengthen "
+                "--warmup)"
+            )
+        }

@@ -95,6 +95,7 @@ def test_a_run_leaves_its_configuration_metrics_and_curves(finished):
         "step_0000006",
     ]
     assert "each step: 1 processes x 1 micro-batches x 8 rows" in printed
+    assert "a model that ignores the context would reach loss " in printed
     assert "step 6/6" in printed
 
 

@@ -5,9 +5,17 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from ds_deberta.data import (
+    DebertaTokenizer,
+    Manifest,
+    ShardWriter,
+    SplitInfo,
+    TokenizerInfo,
+)
 from tests.checkpoints import tensors
 from tests.launch import ROOT, run_ranks
 
@@ -22,10 +30,35 @@ def lines(folder: Path, split: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
+def repeated_words(vocab_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data whose rows are one token over and over: the context tells all."""
+    folder = tmp_path_factory.mktemp("repeated")
+    (folder / "spm.model").write_bytes(vocab_file.read_bytes())
+    tokenizer = DebertaTokenizer(folder / "spm.model")
+    info = TokenizerInfo(file="spm.model", sha256=tokenizer.sha256, num_tokens=tokenizer.num_tokens)
+    splits, rng = {}, np.random.default_rng(0)
+    for split, rows in (("train", 400), ("valid", 40)):
+        writer = ShardWriter(folder / split)
+        for word in rng.integers(10, 40, rows):
+            writer.write(np.full(30, word, dtype=np.int32))
+        shards = tuple(writer.close())
+        splits[split] = SplitInfo(rows=rows, tokens=30 * rows, documents=rows, shards=shards)
+    Manifest(tokenizer=info, max_seq_length=32, keep_documents_apart=False, splits=splits).save(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
 def done(
-    data_dir: Path, tiny_model_file: Path, tmp_path_factory: pytest.TempPathFactory
+    data_dir: Path,
+    repeated_words: Path,
+    tiny_model_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> SimpleNamespace:
-    """Runs on two ranks: one that comes through, one that gives up and goes on, a fresh one."""
+    """Runs on two ranks: one that comes through, one that gives up and goes on, a fresh one; one
+    that does not learn, and one that does.
+    """
     folder = tmp_path_factory.mktemp("runs")
     common = [
         *("--model", str(tiny_model_file), "--data_dir", str(data_dir)),
@@ -42,6 +75,11 @@ def done(
         "gone_on": [*skipping, "--skip_samples", "24-39"],
         "fresh": [*skipping, "--skip_samples", "35-39,24-34"],
         "collapsed": [*rtd, "--eval_interval", "2", "--stop_on_collapse", "true"],
+        "learning": [
+            *(*rtd, "--data_dir", str(repeated_words), "--learning_rate", "1e-2"),
+            *("--train_batch_size", "8", "--warmup", "5", "--num_training_steps", "50"),
+            *("--eval_interval", "10", "--stop_on_collapse", "true"),
+        ],
     }
     names = {"gone_on": "given_up"}  # in the other's folder
     runs = [[*c, "--output_dir", str(folder / names.get(n, n))] for n, c in commands.items()]
@@ -106,9 +144,19 @@ def test_a_run_goes_on_past_skipped_samples_as_if_they_had_never_been(done):
 def test_a_collapsed_run_is_saved_and_ends_on_all_ranks(done):
     assert done.after.statuses[2] == 1
     folder = done.folder / "collapsed"
-    (row,) = lines(folder, "collapse")
-    assert row["evaluations"] == 3
+    rows = lines(folder, "collapse")
+    assert "unigram" in {row["sign"] for row in rows}
+    assert {(row["step"], row["evaluations"]) for row in rows} == {(rows[0]["step"], 3)}
     saved = max((folder / "checkpoints").iterdir()).name
-    assert saved == f"step_{row['step']:07d}"
-    assert f"step {row['step']}, saved: " in done.after.said
+    assert saved == f"step_{rows[0]['step']:07d}"
+    assert f"step {rows[0]['step']}, saved: " in done.after.said
+    assert "no better than one that ignores the context" in done.after.said
     assert "at 3 evaluations in a row: this has collapsed" in done.after.said
+
+
+def test_a_run_that_learns_is_no_collapse(done):
+    """Its first evaluations, at the level of token frequencies, are not enough."""
+    assert done.after.statuses[3] == 0
+    folder = done.folder / "learning"
+    assert lines(folder, "collapse") == []
+    assert lines(folder, "valid")[-1]["step"] == 50
