@@ -34,7 +34,7 @@ data/wikitext-103/manifest.json:
 	$(DATA_PYTHON) data_tools/download.py spm -o data/raw
 	$(DATA_PYTHON) data_tools/prepare_data.py -i data/raw/wikitext-103/wiki.train.raw \
 		--valid_input data/raw/wikitext-103/wiki.valid.raw -o data/wikitext-103 \
-		--vocab data/raw/spm.model --max_seq_length 512
+		--vocab data/raw/deberta_v3.spm.model --max_seq_length 512
 
 check: $(SETUP)
 	$(BIN)/ruff format --check .

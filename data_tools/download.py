@@ -4,33 +4,53 @@
     python data_tools/download.py wikitext-103 -o data/raw   WikiText-103, from the hub
     python data_tools/download.py spm -o data/raw            the public DeBERTa v3 vocabulary
 
-The demo is the sample of a Wikipedia dump that the gensim package ships.
+The demo is the sample of a Wikipedia dump that the gensim package ships. Files from the hub are
+checked against their sha256.
 """
 
 import argparse
+import hashlib
 import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
-import pyarrow as pa
 import pyarrow.parquet as pq
+from restart import write_file
 
 SAMPLE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 HUB = "https://huggingface.co"
 WIKITEXT = "Salesforce/wikitext"
 WIKITEXT_FOLDER = "wikitext-103-raw-v1"
-WIKITEXT_FILES = {
-    "train": "wiki.train.raw",
-    "validation": "wiki.valid.raw",
-    "test": "wiki.test.raw",
+WIKITEXT_FILES = {  # what is written, and what it is made of: files and their sha256
+    "wiki.train.raw": {
+        "train-00000-of-00002.parquet": (
+            "74da360f23826045b3e6ac6375411fdb15f003030aa74f2596ed08b857cb9212"
+        ),
+        "train-00001-of-00002.parquet": (
+            "ba090ac30dbf5461e8dcbdd1a1b8e6f3cf9c2c756d64f0c1220450acd514f720"
+        ),
+    },
+    "wiki.valid.raw": {
+        "validation-00000-of-00001.parquet": (
+            "204929b7ff9d6184953f867dedb860e40aa69c078fc1e54b3baaa8fb28511c4c"
+        ),
+    },
+    "wiki.test.raw": {
+        "test-00000-of-00001.parquet": (
+            "5f1bea067869d04849c0f975a2b29c4ff47d867f484f5010ea5e861eab246d91"
+        ),
+    },
 }
 DEBERTA = "microsoft/deberta-v3-base"
+DEBERTA_FILE = "spm.model"  # on the hub; here it has a name of its own, not that of your vocabulary
+VOCABULARY = "deberta_v3.spm.model"
+VOCABULARY_SHA256 = "c679fbf93643d19aab7ee10c0b99e460bdbc02fedf34b92b05af343b4af586fd"
 NEXT = {
     "demo": "train_tokenizer.py -i {0}/*.bz2 -o {0}/spm.model --vocab_size 2048",
     "wikitext-103": "prepare_data.py -i {0}/wiki.train.raw --valid_input {0}/wiki.valid.raw ...",
-    "spm": "prepare_data.py --vocab {0}/spm.model ...",
+    "spm": f"prepare_data.py --vocab {{0}}/{VOCABULARY} ...",
 }
 
 
@@ -83,42 +103,64 @@ def fetch_wikitext(folder: Path) -> list[Path]:
                 f"in {source}, then give the same command again",
             ) from None
         source = Path(cache, WIKITEXT_FOLDER)
-    return [_write_lines(source, split, folder / name) for split, name in WIKITEXT_FILES.items()]
+    for files in WIKITEXT_FILES.values():
+        for name, sha256 in files.items():
+            _check(source / name, sha256, f"{WIKITEXT}/{WIKITEXT_FOLDER}/{name}")
+    return [
+        _write_lines([source / file for file in files], folder / name)
+        for name, files in WIKITEXT_FILES.items()
+    ]
 
 
 def fetch_vocabulary(folder: Path) -> list[Path]:
     """Download the vocabulary of the public DeBERTa v3 models."""
-    path = folder / "spm.model"
+    path = folder / VOCABULARY
+    what = f"{DEBERTA}/{DEBERTA_FILE}"
+    if path.exists():
+        _check(path, VOCABULARY_SHA256, what)
+        return [path]
     try:
-        huggingface_hub.hf_hub_download(DEBERTA, path.name, local_dir=folder)
+        source = Path(huggingface_hub.hf_hub_download(DEBERTA, DEBERTA_FILE))
     except OSError as error:
         raise _no_hub(
             error,
-            f"{HUB}/{DEBERTA}/resolve/main/{path.name}",
+            f"{HUB}/{DEBERTA}/resolve/main/{DEBERTA_FILE}",
             f"at {path}, then go on with: python data_tools/{NEXT['spm'].format(folder)}",
         ) from None
+    _check(source, VOCABULARY_SHA256, what)
+    write_file(path, source.read_bytes())
     return [path]
 
 
-def _write_lines(source: Path, split: str, path: Path) -> Path:
-    files = sorted(source.glob(f"{split}-*.parquet"))
-    if not files:
-        raise ValueError(f"{source} must have {split}-*.parquet files; it has none")
+def _check(path: Path, sha256: str, what: str) -> None:
+    """Refuse a file that is not the published one."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} must have {path.name}, all of {what}") from None
+    if found != sha256:
+        raise ValueError(
+            f"{path} must be {what} of the hub, with the sha256 {sha256}; it has {found}. "
+            "Delete it, or move it away, and give the same command again."
+        )
+
+
+def _write_lines(sources: list[Path], path: Path) -> Path:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as out:
-        for file in files:
-            try:
-                for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
-                    lines = batch.column(0).to_pylist()  # a blank line is an empty row
-                    out.writelines(line if line.endswith("\n") else line + "\n" for line in lines)
-            except pa.ArrowException as error:
-                raise ValueError(f"{file} is damaged ({error}); delete it and try again") from None
+        for source in sources:
+            for batch in pq.ParquetFile(source).iter_batches(columns=["text"]):
+                lines = batch.column(0).to_pylist()  # a blank line is an empty row
+                out.writelines(line if line.endswith("\n") else line + "\n" for line in lines)
     return temporary.replace(path)
 
 
 def _no_hub(reason: object, what: str, where: str) -> ValueError:
     reason = " ".join(str(reason).split())
-    return ValueError(f"no answer from the hub ({reason}). Get {what} elsewhere, put it {where}")
+    return ValueError(
+        f"the hub does not answer ({reason}). Get {what} on another machine, and put it {where}"
+    )
 
 
 if __name__ == "__main__":
