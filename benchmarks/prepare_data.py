@@ -27,7 +27,8 @@ from ds_deberta.metrics import processor
 
 DATA_TOOLS = Path(__file__).resolve().parents[1] / "data_tools"
 sys.path.insert(0, str(DATA_TOOLS))
-from sources import find_files, read_texts  # noqa: E402
+from inputs import find_files  # noqa: E402
+from sources import read_texts  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0))
 BASELINE_SECONDS = 10
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--vocab", required=True)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 1000], help="of text")
     args = parser.parse_args()
-    files, _ = find_files([args.input])
+    files = find_files([args.input]).files
     texts = list(islice(read_texts(files, text_field="text"), 20_000))
     size = sum(len(text.encode()) for text in read_texts(files, text_field="text"))
     print(f"`python benchmarks/prepare_data.py`: {processor()}, ", end="")

@@ -70,6 +70,7 @@ def read_chunks(
     starts: dict[str, Place],
     *,
     text_field: str,
+    documents: str,
     seed: int,
     valid_fraction: float,
 ) -> Iterator[Chunk]:
@@ -81,7 +82,8 @@ def read_chunks(
         if any(starts[split] < (number + 1, 0) for split in source.splits):
             with source.path.open("rb") as raw:
                 document, split = -1, ""
-                for count, record in enumerate(read_records(raw, text_field=text_field)):
+                records = read_records(raw, text_field=text_field, documents=documents)
+                for count, record in enumerate(records):
                     if record.starts_document:
                         document += 1
                         split = choose_split(
@@ -143,7 +145,7 @@ def _load_processor(vocab: Path) -> SentencePieceProcessor:
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end with it: who is killed cannot end others."""
+    """Leave Ctrl-C to the parent, and end with it: a killed process cannot end others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -5,16 +5,20 @@
 Documents are put one after the other and cut into rows of max_seq_length - 2 ids, as the original
 does, but into Arrow shards (see ds_deberta/data/shards.py), by all cores and in bounded memory.
 With --pack_documents each document is cut by itself, and last pieces (most documents are nothing
-else) share rows, with [SEP] [CLS] between them. sources.py lists the formats. A document goes whole
-to training or to validation, by chance but by its number alone.
+else) share rows, with [SEP] [CLS] between them. sources.py lists the formats. A whole document is
+for training or for validation; chance decides, and depends only on its number.
 
-Stop it when you like, or let it crash: the same command goes on after the last finished shard, and
-the folder comes out the same to the byte. It reads the file it was in again, but encodes nothing
-that is in a finished shard.
+You can stop it at any time: the same command goes on after the last finished shard, and the folder
+is the same to the byte. It reads the file that it stopped in again, but encodes nothing that is in
+a finished shard.
+
+A plain text file (.txt) is one document. --documents blank_line parts it at blank lines, and
+--documents line at each line end; blank lines are no documents then.
 
 Nothing is skipped in silence. A file that cannot be read to its end is an error, and so is a line
-of JSON without text or with half a character (a lone surrogate). Empty documents are counted. NUL
-and the like reach the vocabulary. A text with no line end or space in 262,144 characters is cut
+of JSON without text or with half a character (a lone surrogate). Empty documents are counted, and
+so are hidden files and files of other kinds in a folder, which are left out. NUL and other control
+characters reach the vocabulary. A text with no line end or space in 262,144 characters is cut
 there, which makes two words of one.
 """
 
@@ -23,15 +27,17 @@ import hashlib
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from encoding import SPLITS, Input, choose_split, encode_chunks, read_chunks
+from inputs import find_files
+from meter import Meter
 from restart import VOCAB_FILE, begin, locked, save_progress
 from rows import RowWriter
-from sources import find_files, kind_of
-from tqdm import tqdm
+from sources import DOCUMENTS, kind_of
 
 from ds_deberta.data.shards import (
     FORMAT_VERSION,
@@ -42,7 +48,6 @@ from ds_deberta.data.shards import (
 from ds_deberta.data.tokenizer import DebertaTokenizer
 
 MIN_VALID_ROWS_PER_SHARD = 256
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 def main() -> int:
@@ -77,12 +82,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--valid_fraction", type=float, default=0.01, help="of the documents, for validation")
     add("--valid_input", nargs="+", default=[], help="take validation from here instead")
     add("--text_field", default="text", help="field of JSON lines, column of Parquet")
+    add(
+        "--documents",
+        choices=DOCUMENTS,
+        default="file",
+        help="what a document of plain text (.txt) is: the whole file (default), what stands "
+        "between blank lines, or a line",
+    )
     add("--seed", type=int, default=0, help="of the choice of validation documents")
     add("--rows_per_shard", type=int, default=ROWS_PER_SHARD)
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores + 1, help="processes that encode; 0: this one does")
     add("--overwrite", action="store_true", help="replace what is finished, or of other settings")
     args = parser.parse_args(argv)
+    check_flags(parser, args)
+    return args
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the command where a flag's value is not possible."""
     if not 0 <= args.valid_fraction < 1:
         parser.error(f"--valid_fraction must be in [0, 1); got {args.valid_fraction}")
     if args.max_seq_length < 3:
@@ -96,7 +114,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.workers < 0:
         parser.error(f"--workers must not be negative; got {args.workers}")
-    return args
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -123,7 +140,7 @@ def prepare(args: argparse.Namespace) -> None:
         }
         started, before = time.monotonic(), {split: writers[split].tokens for split in SPLITS}
         write_rows(args, inputs, settings, writers)
-        check_sizes(args, writers)
+        check_sizes(args, inputs, writers)
         splits = {split: writer.close() for split, writer in writers.items()}
         save_progress(args.output, settings, {s: writers[s].progress for s in SPLITS})
         Manifest(
@@ -133,6 +150,7 @@ def prepare(args: argparse.Namespace) -> None:
             max_seq_length=args.max_seq_length,
             keep_documents_apart=args.keep_documents_apart,
             packed=args.pack_documents,
+            documents=args.documents,
             splits=splits,
         ).save(args.output)
     for split, info in splits.items():
@@ -157,6 +175,7 @@ def write_rows(
         inputs,
         {split: writer.progress.place for split, writer in writers.items()},
         text_field=args.text_field,
+        documents=args.documents,
         seed=args.seed,
         valid_fraction=args.valid_fraction,
     )
@@ -182,21 +201,26 @@ def find_inputs(args: argparse.Namespace) -> list[Input]:
         (args.input, SPLITS if is_split else ("train",)),
         (args.valid_input, ("valid",)),
     ):
-        files, left_out = find_files(names)
-        inputs += [Input(file, splits) for file in files]
-        if left_out:
-            print(f"left out {len(left_out)} files of other kinds: {left_out[0]}, ...")
-    paths = [source.path.resolve() for source in inputs]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"{twice} must be given once in --input and --valid_input together")
-    if all(kind_of(path.name) == "text" for path in paths):  # a document each: no need to read
+        found = find_files(names)
+        inputs += [Input(file, splits) for file in found.files]
+        for line in found.left_out():
+            print(line)
+    times = Counter(os.path.realpath(source.path) for source in inputs)
+    if twice := [path for path, count in times.items() if count > 1]:
+        raise ValueError(f"{twice[0]} must be given once in --input and --valid_input together")
+    kinds = {kind_of(source.path.name) for source in inputs}
+    if args.documents != "file" and "text" not in kinds:
+        raise ValueError(
+            f"--documents {args.documents} is for plain text, and no input is a .txt file; "
+            "leave it out"
+        )
+    if args.documents == "file" and kinds == {"text"}:  # no need to read them
         used = {
             choose_split(source.splits, (i, 0), seed=args.seed, fraction=args.valid_fraction)
             for i, source in enumerate(inputs)
         }
         for split in set(inputs[0].splits) - used:
-            raise ValueError(too_short(split, "no document (a .txt file is one document)"))
+            raise ValueError(too_short(split, "no document", args, inputs))
     return inputs
 
 
@@ -215,54 +239,45 @@ def describe(
     digest, size = hashlib.sha256(), 0
     for source in inputs:
         stat = source.path.stat()
-        what = (str(source.path.resolve()), source.splits, stat.st_size, stat.st_mtime_ns)
+        what = (os.path.realpath(source.path), source.splits, stat.st_size, stat.st_mtime_ns)
         digest.update(repr(what).encode())
         size += stat.st_size
-    names = ("max_seq_length", "keep_documents_apart", "pack_documents", "valid_fraction")
+    names = ("max_seq_length", "keep_documents_apart", "pack_documents", "documents")
+    names += ("valid_fraction", "text_field", "seed", "rows_per_shard")
     return {
         "format_version": FORMAT_VERSION,
-        **{name: getattr(args, name) for name in (*names, "text_field", "seed", "rows_per_shard")},
+        **{name: getattr(args, name) for name in names},
         "vocabulary": tokenizer.sha256,
         "input": f"{len(inputs)} files, {size} bytes, {digest.hexdigest()[:16]}",
     }
 
 
-def check_sizes(args: argparse.Namespace, writers: dict[str, RowWriter]) -> None:
+def check_sizes(
+    args: argparse.Namespace, inputs: list[Input], writers: dict[str, RowWriter]
+) -> None:
     """Refuse a corpus that is too short to train on or to validate with."""
-    if writers["train"].tokens < args.max_seq_length - 2:
-        raise ValueError(too_short("train", f"{writers['train'].tokens} tokens, not one full row"))
-    if not writers["valid"].tokens and (args.valid_fraction > 0 or args.valid_input):
-        raise ValueError(too_short("valid", "no tokens"))
+    tokens = {split: writer.tokens for split, writer in writers.items()}
+    if tokens["train"] < args.max_seq_length - 2:
+        found = f"{tokens['train']} tokens, not one full row"
+        raise ValueError(too_short("train", found, args, inputs))
+    if not tokens["valid"] and (args.valid_fraction > 0 or args.valid_input):
+        raise ValueError(too_short("valid", "no tokens", args, inputs))
 
 
-def too_short(split: str, found: str) -> str:
+def too_short(split: str, found: str, args: argparse.Namespace, inputs: list[Input]) -> str:
     """Say what to do about a split that is too short."""
-    return (
-        f"the {split} split would get {found}. Give more documents, another --valid_fraction or "
-        "--seed, or validation files with --valid_input (--valid_fraction 0: no validation)."
+    advice = (
+        "Give more documents, another --valid_fraction or --seed, or validation files with "
+        "--valid_input (--valid_fraction 0: no validation)."
     )
-
-
-class Meter:
-    """Show how many of the input's bytes are done: a bar, or lines where there is no terminal."""
-
-    def __init__(self, total: int):
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
-        self.total = total
-        self.started = self.shown = time.monotonic()
-
-    def show(self, done: int) -> None:
-        """Show it if it is time."""
-        self.bar.update(max(0, done - self.bar.n))
-        now = time.monotonic()
-        if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
-            elapsed, self.shown = now - self.started, now
-            line = tqdm.format_meter(done, self.total, elapsed, unit="B", unit_scale=True)
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal to others."""
-        self.bar.close()
+    texts = [source.path for source in inputs if kind_of(source.path.name) == "text"]
+    if texts and args.documents == "file":
+        advice = (
+            f"{texts[0]} counts as one document, as every .txt file does (--documents file). If it "
+            "has blank lines between documents, or a document per line, give --documents "
+            f"blank_line or --documents line. Else: {advice[0].lower()}{advice[1:]}"
+        )
+    return f"the {split} split would get {found}. {advice}"
 
 
 if __name__ == "__main__":

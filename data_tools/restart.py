@@ -119,8 +119,8 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Progress]]:
             )
             for split, fields in state["progress"].items()
         }
-        # Folders of before there was packing lack the setting.
-        return {"pack_documents": False, **state["settings"]}, progress
+        # Folders of earlier versions lack these settings.
+        return {"pack_documents": False, "documents": "file", **state["settings"]}, progress
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from None
 

@@ -2,14 +2,15 @@
 
 A file's name says what it is; `.gz` or `.bz2` may follow, but for Parquet:
 
-    .txt             plain text: one document, however many blank lines it has
+    .txt             plain text: --documents says what a document is: the file (the default), what
+                     stands between blank lines, or a line
     .tokens .raw     WikiText: a document begins at a title line, ` = Title = `
     .jsonl           JSON lines: a document per line, in one field of an object
     .xml             MediaWiki dump, also `.xml-p1p41242.bz2`: the articles, not redirects or talk
     .parquet         a document per row, in one column
 
 Reading has two halves. `read_records` cuts a file into raw records, which is cheap. `parse` makes
-text of a record, which is not, and so is left to whoever has many processes.
+text of a record, which is not, so it can run in many processes.
 """
 
 import bz2
@@ -19,9 +20,9 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -30,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from mediawiki import clean_markup, read_articles
 
+SHOWN_NAMES = 20  # of fields or columns, in an error
 PIECE = 1 << 18  # characters: longer texts are handled in pieces
 KINDS = {
     "text": re.compile(r"\.txt(\.gz|\.bz2)?$"),
@@ -39,6 +41,11 @@ KINDS = {
     "parquet": re.compile(r"\.parquet$"),
 }
 KNOWN = ".txt, .tokens, .raw, .jsonl or .xml (also with .gz or .bz2), or .parquet"
+DOCUMENTS = {  # of plain text: what parts two of them
+    "file": None,
+    "blank_line": re.compile(r"\n\s*\n"),
+    "line": re.compile(r"\n"),
+}
 TITLE = re.compile(rb" ?= (?!= ).*(?<! =) = ?\r?$")
 
 
@@ -64,46 +71,18 @@ def kind_of(path: str) -> str | None:
     return next((kind for kind, name in KINDS.items() if name.search(path)), None)
 
 
-def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[Path]]:
-    """Return the files that `inputs` (files, folders, globs) name, and those of folders left out.
-
-    Folders are searched to the bottom, and left out is what is of no known kind there.
-    """
-    files: list[Path] = []
-    left_out: list[Path] = []
-    for name in inputs:
-        found: list[Path] = []
-        for path in [Path(name)] if Path(name).exists() else map(Path, sorted(glob(name))):
-            if path.is_dir():
-                inside = sorted(file for file in path.rglob("*") if file.is_file())
-                found += [file for file in inside if kind_of(file.name)]
-                left_out += [file for file in inside if not kind_of(file.name)]
-            else:
-                found.append(path)
-        if not found:
-            raise FileNotFoundError(f"{name}: no such file, and no folder with {KNOWN} files")
-        files += found
-    for file in files:
-        if not kind_of(file.name):
-            raise ValueError(f"{file}: the name must end in {KNOWN}; rename or convert it")
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file} is empty")
-    return files, left_out
-
-
-def read_records(raw: IO[bytes], *, text_field: str) -> Iterator[Record]:
+def read_records(raw: IO[bytes], *, text_field: str, documents: str = "file") -> Iterator[Record]:
     """Cut an open file into records. `raw.tell()` says how far that has come."""
     path = str(raw.name)
     kind = kind_of(path)
     record = None
     try:
-        for place, starts_document, content in _read(kind, raw, path, text_field):
+        for place, starts_document, content in _read(kind, raw, path, text_field, documents):
             record = Record(path, place, starts_document, content)
             yield record
     except (EOFError, OSError, zlib.error, ParseError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{path} is damaged, cut short or no {kind} file: {str(error).splitlines()[0]}"
-        ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is damaged, cut short or no {kind} file: {reason}") from None
     if record is None and kind != "mediawiki":  # a part of a dump may hold redirects alone
         raise ValueError(f"{path} holds no documents")
 
@@ -121,23 +100,30 @@ def parse(record: Record, *, text_field: str) -> str:
         raise _not_utf8(record.path, record.place + error.start) from None
 
 
-def read_texts(files: Iterable[Path], *, text_field: str) -> Iterator[str]:
-    """Yield the text of every record of every file."""
+def read_texts(
+    files: Iterable[Path], *, text_field: str, show: Callable[[int], None] | None = None
+) -> Iterator[str]:
+    """Yield the text of every record of every file; `show` gets the number of bytes read."""
+    bytes_read = 0
     for file in files:
         with file.open("rb") as raw:
             for record in read_records(raw, text_field=text_field):
                 yield parse(record, text_field=text_field)
+                if show:
+                    show(bytes_read + raw.tell())
+        bytes_read += file.stat().st_size
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Cut a long text into pieces where a tokenizer does not mind.
+def cut_text(text: str, size: int | None = None) -> Iterator[str]:
+    """Cut a long text into pieces of at most `size` (PIECE) characters.
 
-    That is after a line's end, else at a space, else (a run of PIECE characters without either,
-    where one word becomes two) anywhere.
+    That is after a line's end, else at a space, else (a run without either, where one word becomes
+    two) anywhere.
     """
+    size = size or PIECE
     start = 0
-    while len(text) - start > PIECE:
-        end = start + PIECE
+    while len(text) - start > size:
+        end = start + size
         cut = text.rfind("\n", start, end) + 1 or text.rfind(" ", start, end) + 1 or end
         yield text[start:cut]
         start = cut
@@ -145,7 +131,7 @@ def cut_text(text: str) -> Iterator[str]:
 
 
 def _read(
-    kind: str | None, raw: IO[bytes], path: str, text_field: str
+    kind: str | None, raw: IO[bytes], path: str, text_field: str, documents: str
 ) -> Iterator[tuple[int, bool, str | bytes]]:
     """Yield place, starts_document and content of each record."""
     if kind == "parquet":
@@ -166,8 +152,15 @@ def _read(
     elif kind == "wikitext":
         yield from _read_wikitext(stream)
     else:
-        for number, text in enumerate(_read_text(stream, path)):
-            yield number, number == 0, text
+        pieces = _read_text(stream, path)
+        border = DOCUMENTS[documents]
+        parts = (
+            ((number == 0, text) for number, text in enumerate(pieces))
+            if border is None
+            else _part(pieces, border)
+        )
+        for number, (starts_document, text) in enumerate(parts):
+            yield number, starts_document, text
 
 
 def _read_text(stream: IO[bytes], path: str) -> Iterator[str]:
@@ -187,6 +180,24 @@ def _read_text(stream: IO[bytes], path: str) -> Iterator[str]:
             break
     if offset:
         yield rest
+
+
+def _part(pieces: Iterable[str], border: re.Pattern[str]) -> Iterator[tuple[bool, str]]:
+    """Part a text into documents, each in one or more pieces. Blank ones are none.
+
+    White space at the end of a piece waits for the next one: the border may go on there. Of much
+    white space only the line ends matter.
+    """
+    starts_document, space = True, ""
+    for piece in pieces:
+        text = space + piece
+        end = len(text.rstrip())
+        space = "\n" * min(2, text.count("\n", end)) or text[end : end + 1]
+        for number, part in enumerate(border.split(text[:end])):
+            starts_document |= number > 0
+            if part and not part.isspace():
+                yield starts_document, part
+                starts_document = False
 
 
 def _read_wikitext(stream: IO[bytes]) -> Iterator[tuple[int, bool, bytes]]:
@@ -209,17 +220,30 @@ def _read_wikitext(stream: IO[bytes]) -> Iterator[tuple[int, bool, bytes]]:
 
 def _read_parquet(raw: IO[bytes], path: str, text_field: str) -> Iterator[str]:
     file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
-    column = file.schema_arrow.field(text_field) if text_field in file.schema_arrow.names else None
-    if column is None or not (
-        pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    ):
+    schema = file.schema_arrow
+    columns = [column for column in schema if column.name == text_field]
+    if len(columns) > 1:
         raise ValueError(
-            f"{path} must have a column {text_field!r} of text; its columns are "
-            f"{', '.join(file.schema_arrow.names)}. Name the right one with --text_field."
+            f"{path} must have one column {text_field!r}; it has {len(columns)} of that name. "
+            "Rename all but one, or name another column with --text_field."
+        )
+    if not columns or not (
+        pa.types.is_string(columns[0].type) or pa.types.is_large_string(columns[0].type)
+    ):
+        found = _first(f"{column.name} ({column.type})" for column in schema)
+        raise ValueError(
+            f"{path} must have a column {text_field!r} of text; its columns are {found}. "
+            "Name the right one with --text_field."
         )
     row = 0
     for batch in file.iter_batches(batch_size=64, columns=[text_field], use_threads=False):
-        for text in batch.column(0).to_pylist():
+        for value in batch.column(0):
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, row {row}: byte {error.start} of {text_field!r} is not UTF-8"
+                ) from None
             if text is None:
                 raise ValueError(f"{path}, row {row}: {text_field!r} must hold text; it is null")
             row += 1
@@ -236,7 +260,7 @@ def _parse_json(line: bytes, where: str, text_field: str) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(text := fields.get(text_field), str):
-        found = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
+        found = _first(fields) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(
             f"{where}: must be an object with text in {text_field!r}; found {found}. "
             "Name the right field with --text_field."
@@ -250,6 +274,12 @@ def _parse_json(line: bytes, where: str, text_field: str) -> str:
                 f"surrogate, \\u{ord(text[error.start]):04x}. Repair the line."
             ) from None
     return text
+
+
+def _first(names: Iterable[str]) -> str:
+    """List the first names of fields or columns, on one line."""
+    first = [" ".join(name.split()) for name in islice(names, SHOWN_NAMES + 1)]
+    return ", ".join(first[:SHOWN_NAMES]) + ", ..." * (len(first) > SHOWN_NAMES)
 
 
 def _not_utf8(path: str, offset: int) -> ValueError:

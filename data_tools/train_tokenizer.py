@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from inputs import find_files
 from restart import write_file
 from sentencepiece import SentencePieceTrainer, set_random_generator_seed
-from sources import PIECE, cut_text, find_files, read_texts
+from sources import PIECE, cut_text, read_texts
 
 MAX_LINES = 500_000  # of Wikipedia: some 3 GB of memory and ten minutes
 
@@ -37,9 +38,11 @@ def main() -> int:
     if args.max_lines <= 100:
         parser.error(f"--max_lines must be more than 100; got {args.max_lines}")
     try:
-        files, _ = find_files(args.input)
+        found = find_files(args.input)
+        for line in found.left_out():
+            print(line)
         model = train_tokenizer(
-            cut_lines(read_texts(files, text_field=args.text_field)),
+            cut_lines(read_texts(found.files, text_field=args.text_field)),
             vocab_size=args.vocab_size,
             character_coverage=args.character_coverage,
             max_lines=args.max_lines,

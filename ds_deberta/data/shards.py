@@ -70,13 +70,15 @@ class Manifest:
     """What a data folder holds.
 
     `max_seq_length` counts [CLS] and [SEP], which rows lack at their ends. Where `packed`, a row is
-    one or more documents apart from each other, with [SEP] [CLS] between them.
+    one or more documents apart from each other, with [SEP] [CLS] between them. `documents` says
+    what a document of plain text was: a whole file, what stands between blank lines, or a line.
     """
 
     tokenizer: TokenizerInfo
     max_seq_length: int
     keep_documents_apart: bool
     packed: bool = False
+    documents: str = "file"
     splits: dict[str, SplitInfo]
     format_version: int = FORMAT_VERSION
 

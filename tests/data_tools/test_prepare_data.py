@@ -26,6 +26,7 @@ from sources import PIECE, Record, read_records
 from train_tokenizer import train_tokenizer
 
 from ds_deberta.data import Manifest, ShardDataset
+from ds_deberta.data.shards import checksum
 from tests.conftest import sentences
 from tests.data_tools.dumps import dump
 from tests.launch import clean_environment
@@ -174,9 +175,39 @@ def test_validation_can_have_files_of_its_own(prepare, tmp_path: Path, corpus: P
     assert Manifest.load(tmp_path / "d").splits["train"].documents == 117
 
 
+@pytest.mark.parametrize("parted_by", ["blank_line", "line"])
+def test_one_text_file_can_hold_many_documents(prepare, tmp_path, texts, encoded, parted_by):
+    """They are prepared as the same documents of JSON lines are."""
+    number_of_lines = [text.count("\n") + 1 for text in texts if text.strip()]
+    end = "\n \n" if parted_by == "blank_line" else "\n"
+    (tmp_path / "a.txt").write_text(end.join(text for text in texts if text.strip()))
+    flags = ("-i", tmp_path / "a.txt", "--documents", parted_by, "--valid_fraction", 0.1)
+    assert prepare(*flags, "-o", tmp_path / "d") == 0
+    manifest = Manifest.load(tmp_path / "d")
+    assert manifest.documents == parted_by
+    documents = {split: info.documents for split, info in manifest.splits.items()}
+    whole = len(number_of_lines) if parted_by == "blank_line" else sum(number_of_lines)
+    assert sum(documents.values()) == whole
+    assert documents["valid"] == pytest.approx(whole / 10, abs=3)
+    ids = [i for split in documents for i in ids_of_split(manifest, tmp_path / "d", split)]
+    assert sorted(ids) == sorted(i for document in encoded for i in document)
+
+
 def test_the_vocabulary_goes_with_the_data(prepare, tmp_path: Path, corpus: Path, vocab_file: Path):
     assert prepare("-i", corpus, "-o", tmp_path / "d") == 0
     assert (tmp_path / "d/spm.model").read_bytes() == vocab_file.read_bytes()
+
+
+def test_what_is_left_out_of_a_folder_is_reported(tmp_path: Path, capsys):
+    for name in ("a.jsonl", "notes.md", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}')
+    flags = ["-i", str(tmp_path), "-o", "d", "--vocab", "v"]
+    (only,) = prepare_data.find_inputs(prepare_data.parse_args(flags))
+    assert only.path == tmp_path / "a.jsonl"
+    out = capsys.readouterr().out
+    assert f"left out 1 file of another kind: {tmp_path / 'notes.md'}" in out
+    assert f"left out 1 hidden file or folder: {tmp_path / '.ipynb_checkpoints'}" in out
 
 
 def test_counts_are_reported(prepare, tmp_path: Path, corpus: Path, capsys):
@@ -343,8 +374,9 @@ def test_a_damaged_folder_is_not_called_ready(prepare, tmp_path: Path, corpus: P
         (("--keep_documents_apart",), "keep_documents_apart: False then, True now"),
         (("--pack_documents",), "pack_documents: False then, True now"),
         (("--seed", 1), "seed: 0 then, 1 now"),
+        (("--documents", "line"), "documents: file then, line now"),
         ("vocabulary", "vocabulary: "),
-        ("input", "input: 1 files"),
+        ("input", "input: 2 files"),
     ],
 )
 def test_other_settings_need_overwrite(
@@ -353,7 +385,8 @@ def test_other_settings_need_overwrite(
     source, vocab = tmp_path / "a.jsonl.gz", tmp_path / "spm.model"
     source.write_bytes(corpus.read_bytes())
     vocab.write_bytes(vocab_file.read_bytes())
-    flags = ["-i", source, "-o", tmp_path / "d", "--rows_per_shard", 50]
+    (tmp_path / "b.txt").write_text("\n".join(sentences(5)))
+    flags = ["-i", source, tmp_path / "b.txt", "-o", tmp_path / "d", "--rows_per_shard", 50]
     assert prepare(*flags, vocab=vocab) == 0
     before = read_bytes(tmp_path / "d")
     if change == "input":
@@ -369,24 +402,27 @@ def test_other_settings_need_overwrite(
     assert "--overwrite" in error
     assert read_bytes(tmp_path / "d") == before
     assert prepare(*flags, "--overwrite", vocab=vocab) == 0
-    assert prepare(*flags[:3], tmp_path / "fresh", *flags[4:], vocab=vocab) == 0
+    assert prepare(*flags[:4], tmp_path / "fresh", *flags[5:], vocab=vocab) == 0
     assert read_bytes(tmp_path / "d") == read_bytes(tmp_path / "fresh")
 
 
-def test_a_folder_of_before_there_was_packing_goes_on(
-    prepare, tmp_path: Path, corpus: Path, capsys
-):
+def test_a_folder_of_an_earlier_version_goes_on(prepare, tmp_path: Path, corpus: Path, capsys):
     flags = ("-i", corpus, "-o", tmp_path / "d", "--rows_per_shard", 50)
     assert prepare(*flags) == 0
     before = read_bytes(tmp_path / "d")
     state = json.loads(before["preparation.json"])
-    del state["sha256"], state["settings"]["pack_documents"]
+    del state["sha256"], state["settings"]["pack_documents"], state["settings"]["documents"]
     for each in state["progress"].values():
         assert each.pop("open_rows") == []
     (tmp_path / "d/preparation.json").write_text(json.dumps(state))
+    manifest = json.loads(before["manifest.json"])
+    del manifest["sha256"], manifest["packed"], manifest["documents"]
+    manifest["sha256"] = checksum(manifest)
+    (tmp_path / "d/manifest.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     assert prepare(*flags) == 0
     assert "is ready" in capsys.readouterr().out
+    assert Manifest.load(tmp_path / "d").documents == "file"
     (tmp_path / "d/manifest.json").unlink()
     assert prepare(*flags) == 0
     assert read_bytes(tmp_path / "d") == before
@@ -428,7 +464,12 @@ LINE = b'{"text": "the king of the river"}\n'
             ["-i", "a.jsonl", "--valid_fraction", 1e-9],
             "valid split .* no tok",
         ),
-        ({"a.txt": LINE * 99}, ["-i", "a.txt"], "valid split .* no document .a .txt file is one"),
+        (
+            {"a.txt": LINE * 99},
+            ["-i", "a.txt"],
+            "valid split .* no document. a.txt counts as one document.*--documents blank_line or",
+        ),
+        ({"a.jsonl": LINE}, ["-i", "a.jsonl", "--documents", "line"], "no input is a .txt file"),
         ({"a.jsonl": LINE}, ["-i", "a.jsonl", "a.jsonl"], "a.jsonl must be given once"),
         ({"a.jsonl": LINE}, ["-i", "a.jsonl", "--valid_input", "a.jsonl"], "must be given once"),
         ({"a.jsonl": LINE, "d": b"x"}, ["-i", "a.jsonl"], "exists|directory"),
@@ -520,7 +561,7 @@ def test_megabytes_without_a_space_are_encoded_in_pieces(
 def test_lines_show_progress_where_there_is_no_terminal(
     prepare, tmp_path, corpus, monkeypatch, capsys
 ):
-    monkeypatch.setattr("prepare_data.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("meter.SECONDS_BETWEEN_LINES", 0)
     assert prepare("-i", corpus, "-o", tmp_path / "d") == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines

@@ -4,13 +4,14 @@ import bz2
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sources import PIECE, cut_text, find_files, parse, read_records, read_texts
+from sources import PIECE, cut_text, parse, read_records, read_texts
 
 from tests.data_tools.dumps import dump
 
@@ -22,11 +23,11 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 DOCUMENTS = ["One line.", "Two\n\nlines, caf\u00e9 \U0001f600.", "", "Three."]
 
 
-def documents(path: Path, text_field: str = "text") -> list[str]:
+def documents(path: Path, text_field: str = "text", parted_by: str = "file") -> list[str]:
     """The documents of a file, each put together from its records."""
     found: list[str] = []
     with path.open("rb") as raw:
-        for record in read_records(raw, text_field=text_field):
+        for record in read_records(raw, text_field=text_field, documents=parted_by):
             text = parse(record, text_field=text_field)
             if record.starts_document:
                 found.append(text)
@@ -45,6 +46,41 @@ def test_a_text_file_is_one_document_with_its_blank_lines(tmp_path: Path, suffix
     text = "\n\n".join(DOCUMENTS) + "\r\n"
     path.write_bytes(COMPRESSIONS[suffix](b"\xef\xbb\xbf" + text.encode()))
     assert documents(path) == [text]  # without the byte order mark
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_or_line_ends_can_part_documents(tmp_path: Path, suffix: str, end: str):
+    path = tmp_path / f"a.txt{suffix}"
+    lines = ["", "One", "goes on.", "", "", "Two, caf\u00e9.", " \t\xa0", "Three.", ""]
+    path.write_bytes(COMPRESSIONS[suffix](b"\xef\xbb\xbf" + end.join(lines).encode()))
+    parted = [text.split() for text in documents(path, parted_by="blank_line")]
+    assert parted == [["One", "goes", "on."], ["Two,", "caf\u00e9."], ["Three."]]
+    parted = [text.split() for text in documents(path, parted_by="line")]
+    assert parted == [["One"], ["goes", "on."], ["Two,", "caf\u00e9."], ["Three."]]
+
+
+@pytest.mark.parametrize("parted_by", ["blank_line", "line"])
+def test_borders_are_found_wherever_a_piece_ends(tmp_path: Path, small_pieces: int, parted_by: str):
+    rng = random.Random(0)
+    path = tmp_path / "a.txt"
+    border = r"\n\s*\n" if parted_by == "blank_line" else r"\n"
+    for _ in range(300):
+        text = "".join(rng.choices("ab\u4e2d\r \n", weights=[4, 4, 4, 1, 3, 3], k=200))
+        text += "x" * 3 * small_pieces + " " * rng.randint(0, 3 * small_pieces) + rng.choice("\nx")
+        path.write_bytes(text.encode())
+        expected = [part.split() for part in re.split(border, text) if part.strip()]
+        found = [part.split() for part in documents(path, parted_by=parted_by)]
+        assert ["".join(words) for words in found] == ["".join(words) for words in expected]
+
+
+def test_a_gigantic_gap_between_documents_is_not_held_in_memory(tmp_path: Path, small_pieces: int):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one" + b" " * 5000 + b"\n" + b" " * 5000 + b"\n" + b" " * 5000 + b"two")
+    with path.open("rb") as raw:
+        records = list(read_records(raw, text_field="text", documents="blank_line"))
+    assert [record.starts_document for record in records] == [True, True]
+    assert max(len(record.raw) for record in records) <= small_pieces + 2
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
@@ -120,27 +156,14 @@ def test_a_text_without_a_space_is_cut_at_the_limit():
     assert [len(piece) for piece in cut_text("x" * (50 * PIECE + 1))] == [PIECE] * 50 + [1]
 
 
-def test_folders_are_searched_and_what_is_left_out_is_known(tmp_path: Path):
-    names = ["b.txt", "a.jsonl.gz", "deep/er/c.parquet", "README.md", "deep/x.bin"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    files, left_out = find_files([str(tmp_path)])
-    assert [str(file.relative_to(tmp_path)) for file in files] == [
-        "a.jsonl.gz",
-        "b.txt",
-        "deep/er/c.parquet",
-    ]
-    assert {file.name for file in left_out} == {"README.md", "x.bin"}
-    assert find_files([f"{tmp_path}/*.txt"])[0] == [tmp_path / "b.txt"]
-    assert find_files([f"{tmp_path}/de*"])[0] == [tmp_path / "deep/er/c.parquet"]
-
-
-def test_texts_of_many_files_come_in_order(tmp_path: Path):
+def test_texts_of_many_files_come_in_order_with_the_bytes_read(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(["1", "2"]))
     (tmp_path / "b.txt").write_text("3")
-    files, _ = find_files([str(tmp_path)])
-    assert list(read_texts(files, text_field="text")) == ["1", "2", "3"]
+    shown: list[int] = []
+    files = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    assert list(read_texts(files, text_field="text", show=shown.append)) == ["1", "2", "3"]
+    assert shown == sorted(shown)
+    assert shown[-1] == sum(file.stat().st_size for file in files)
 
 
 def test_progress_is_in_bytes_of_the_file(tmp_path: Path):
@@ -154,10 +177,23 @@ def test_progress_is_in_bytes_of_the_file(tmp_path: Path):
         assert raw.tell() == path.stat().st_size
 
 
-def _parquet(columns: dict[str, list[object]]) -> bytes:
+def _parquet(columns: dict[str, object]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     return sink.getvalue().to_pybytes()
+
+
+def _parquet_twice() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, names=["text"] * 2), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _parquet_bytes(value: bytes) -> bytes:
+    """One row of a column that says that it is text."""
+    offsets = pa.array([0, len(value)], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(value)])
+    return _parquet({"text": column})
 
 
 GOOD = json_lines(["word " * 200] * 200)
@@ -173,6 +209,8 @@ BROKEN = {
     "not a dump": ("a.xml", b"<html><p>x</p></html>", "<mediawiki>; it is <html>"),
     "not xml": ("a.xml", b"text", "no mediawiki file"),
     "not parquet": ("a.parquet", GOOD, "no parquet file"),
+    "a column name twice": ("a.parquet", _parquet_twice(), "one column 'text'; it has 2"),
+    "not UTF-8 in parquet": ("a.parquet", _parquet_bytes(b"a\xff"), "row 0: byte 1 of 'text'"),
     "no such column": ("a.parquet", _parquet({"body": ["x"]}), "columns are body"),
     "column of numbers": ("a.parquet", _parquet({"text": [1]}), "of text"),
     "null in a row": ("a.parquet", _parquet({"text": ["x", None]}), "row 1: 'text' must hold"),
@@ -188,6 +226,11 @@ BROKEN = {
     "no such field": ("a.jsonl", LINE + b'{"body": "x"}\n', "line 2: .*found body.*--text_field"),
     "field of numbers": ("a.jsonl", b'{"text": 1}\n', "line 1: must be an object with text"),
     "not an object": ("a.jsonl", b'["text"]\n', "line 1: .*found list"),
+    "hundreds of fields": (
+        "a.jsonl",
+        json.dumps({f"field\n{i}": 1 for i in range(500)}).encode(),
+        r"found field 0, .*field 19, \.\.\.\. Name",
+    ),
     "lone surrogate": ("a.jsonl", LINE + b'{"text": "a\\ud800"}', r"line 2: character 1 .*ud800"),
 }
 
@@ -205,24 +248,3 @@ def test_what_cannot_be_read_is_an_error_with_a_place(tmp_path: Path, case: str)
 def test_paired_surrogates_and_nul_are_text(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00\\u0000"}')
     assert documents(tmp_path / "a.jsonl") == ["\U0001f600\0"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("gone.txt", None, "no such file"),
-        ("a.txt", b"", "is empty"),
-        ("a.pdf", b"x", "must end in"),
-    ],
-)
-def test_unusable_inputs_are_errors(tmp_path: Path, name: str, content: bytes, message: str):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        find_files([str(tmp_path / name)])
-
-
-def test_a_folder_without_text_is_an_error(tmp_path: Path):
-    (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(FileNotFoundError, match="no folder with"):
-        find_files([str(tmp_path)])
