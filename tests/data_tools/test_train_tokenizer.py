@@ -1,15 +1,23 @@
 """A trained vocabulary is a DeBERTa vocabulary, made as the public one, the same every time."""
 
+import base64
+import os
+import pty
+import random
+import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import train_tokenizer as tool
+from lines import LONGEST_RUN, CutRuns, cut_lines
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from sources import PIECE
 
 from ds_deberta.data import DebertaTokenizer, SpecialTokens
 from tests.conftest import sentences
+from tests.launch import clean_environment
 
 TEXT = [*sentences(500), "caf\u00e9 \u4e2d\u6587 " * 20]
 
@@ -73,10 +81,10 @@ def test_no_more_lines_are_used_than_asked_for():
 
 
 def test_long_lines_are_used():
-    """sentencepiece drops lines of more than 4192 bytes unless told otherwise."""
+    """By default sentencepiece drops lines of more than 4192 bytes."""
     long_line = " ".join(f"{line} zyzzyva" for line in sentences(4000))
     assert len(long_line) > PIECE
-    lines = list(tool.cut_lines([" \n" + long_line + "\n" + "the king"]))
+    lines = list(cut_lines([" \n" + long_line + "\n" + "the king"], CutRuns()))
     assert "".join(lines) == long_line + "the king"
     model = tool.train_tokenizer(lines, vocab_size=400)
     pieces = SentencePieceProcessor(model_proto=model).encode("zyzzyva", out_type=str)
@@ -129,3 +137,68 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path, monkeypatch,
     assert run(monkeypatch, *flags) == 2
     assert len(capfd.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "spm.model").exists()
+
+
+def test_a_long_run_without_spaces_does_not_spoil_the_vocabulary(tmp_path, monkeypatch, capsys):
+    """With this run of base64 as it is, sentencepiece finds 948 pieces in all of the text."""
+    rng = random.Random(7)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(4000)]
+    weights = [1 / (number + 3) for number in range(len(words))]
+    lines = [" ".join(rng.choices(words, weights, k=400)) for _ in range(100)]
+    run_of_base64 = "data:;base64," + base64.b64encode(rng.randbytes(60_000)).decode()
+    (tmp_path / "a.txt").write_text("\n".join([*lines, f"See {run_of_base64}", "-" * 100_000]))
+    flags = ("-i", tmp_path / "a.txt", "-o", tmp_path / "spm.model", "--vocab_size", 1000)
+    assert run(monkeypatch, *flags) == 0
+    without = SentencePieceProcessor(model_proto=tool.train_tokenizer(lines, vocab_size=1000))
+    with_run = SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    tokens = [sum(map(len, processor.encode(lines))) for processor in (without, with_run)]
+    assert tokens[1] < 1.06 * tokens[0]
+    out = capsys.readouterr().out
+    assert "cut 2 runs of more than 1,000 characters without a space, the longest of 100,000" in out
+    assert "The first begins with data:;base64," in out
+
+
+@pytest.mark.parametrize("space", [" ", "\t", "\u3000", "\u200b", "\ufeff"])
+def test_lines_without_a_long_run_stay_as_they_are(space: str):
+    words = ["x" * LONGEST_RUN, "\u4e2d" * (LONGEST_RUN - 1), "y", "z" * LONGEST_RUN]
+    runs = CutRuns()
+    assert list(cut_lines([space.join(words)], runs)) == [space.join(words)]
+    assert not runs.report()
+
+
+@pytest.mark.parametrize("character", ["\u4e2d", "\u0e01", "\x1f", "\x0b"])
+def test_runs_of_any_script_are_cut_and_nothing_is_lost(character: str):
+    """Chinese, Japanese and Thai have no spaces; sentencepiece drops some control characters."""
+    line = "one " + "\u4e2d" * 600 + character * 2000 + " \u6587"
+    runs = CutRuns()
+    (cut,) = cut_lines([line], runs)
+    assert max(map(len, cut.split(" "))) == LONGEST_RUN
+    assert cut.replace(" ", "") == line.replace(" ", "")
+    assert (runs.count, runs.longest) == (1, 2600)
+
+
+def test_ctrl_c_while_it_trains_ends_it_and_leaves_nothing(tmp_path: Path):
+    """On a terminal, which shows the seconds."""
+    rng = random.Random(0)
+    (tmp_path / "a.txt").write_text(
+        "\n".join(" ".join(str(rng.random()) for _ in range(5000)) for _ in range(8))
+    )
+    shown, terminal = pty.openpty()
+    flags = ("-i", tmp_path / "a.txt", "-o", tmp_path / "spm.model", "--vocab_size", 400)
+    process = psutil.Popen(
+        [sys.executable, tool.__file__, *map(str, flags)],
+        env=clean_environment(),
+        stderr=terminal,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(terminal)
+    output = b""
+    while b"training the vocabulary: " not in output:
+        output += os.read(shown, 1000)
+    assert not process.children()  # so none can stay
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert b"stopped" in output + os.read(shown, 1000)
+    os.close(shown)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
