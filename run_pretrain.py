@@ -10,6 +10,7 @@ the flags.
 import os
 import sys
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def pretrain(run: PretrainConfig) -> int:
                 state,
                 checkpointer,
                 metrics,
-                run.train,
+                replace(run.train, eval_interval=build.evaluation_interval(run)),
                 health,
                 stop,
                 watchdog,

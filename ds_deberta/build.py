@@ -1,5 +1,6 @@
 """Puts a run together: knows every part, does nothing per step."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -333,6 +334,16 @@ def evaluated_rows(run: PretrainConfig) -> tuple[int, int]:
     return min(wanted or held_out, held_out), held_out
 
 
+def evaluation_interval(run: PretrainConfig) -> int:
+    """Optimizer steps between evaluations: as asked for, or soon enough to notice a collapse."""
+    if run.train.eval_interval:
+        return run.train.eval_interval
+    # A row costs a third of what training on it does.
+    cost = evaluated_rows(run)[0] / (3 * run.train.train_batch_size)
+    rare_enough = max(100, run.train.num_training_steps // 1000, math.ceil(20 * cost))
+    return min(run.train.dump_interval, rare_enough)
+
+
 def build_checkpointer(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Checkpointer:
     """Checkpoints that know what they may be resumed with.
 
@@ -400,7 +411,8 @@ def describe_evaluation(run: PretrainConfig) -> str:
             f"none, because {run.data.data_dir} has no held-out rows: this run does not evaluate, "
             "and cannot see a collapse"
         )
-    return f"{evaluated:,} of {held_out:,} held-out rows"
+    steps = evaluation_interval(run)
+    return f"{evaluated:,} of {held_out:,} held-out rows, every {steps:,} steps and at the end"
 
 
 def build_metrics(

@@ -32,7 +32,8 @@ class TrainConfig:
     log_interval: int = 100
     """Optimizer steps between log lines."""
     eval_interval: int | None = None
-    """Optimizer steps between evaluations; default: --dump_interval."""
+    """Optimizer steps between evaluations. Default: as many as keep them under a twentieth of the
+    time, at least 100 and a thousandth of the training, at most --dump_interval."""
     eval_rows: int | None = None
     """Held-out rows of each evaluation, evenly spaced and the same each time; 0: all. Default: as
     many as hold 2^20 tokens, which costs about a third of what training on them does."""

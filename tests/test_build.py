@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_deberta.build import build_objective, describe_evaluation, evaluated_rows, refuse_mixing
+from ds_deberta.build import (
+    build_objective,
+    describe_evaluation,
+    evaluated_rows,
+    evaluation_interval,
+    refuse_mixing,
+)
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.model import load_model_config
 from ds_deberta.resolve import resolve
@@ -61,6 +67,23 @@ def test_an_evaluation_reads_a_million_tokens_unless_a_number_is_given(data_dir,
     monkeypatch.setattr("ds_deberta.build._EVALUATED_TOKENS", 10 * 32)
     assert read(None) == (10, 24)
     assert read(0) == (24, 24)
-    assert describe_evaluation(run) == "10 of 24 held-out rows"
+    said = "10 of 24 held-out rows, every 1,000 steps and at the end"
+    assert describe_evaluation(run) == said
     with pytest.raises(ValueError, match="eval_rows must not be negative"):
         read(-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, 1000),  # base, a million steps: ten times as often as checkpoints
+        ({"num_training_steps": 2300}, 100),
+        ({"num_training_steps": 2300, "train_batch_size": 1}, 160),  # 24 rows cost 8 steps
+        ({"num_training_steps": 2300, "dump_interval": 40}, 40),
+        ({"eval_interval": 7}, 7),
+    ],
+)
+def test_evaluations_come_often_for_little_of_the_time(data_dir, settings, steps):
+    run = run_of("bert-base", data_dir)
+    run = replace(run, train=replace(run.train, **settings))
+    assert evaluation_interval(run) == steps
