@@ -39,7 +39,8 @@ def pretrain(run: PretrainConfig) -> int:
 
     Returns:
         The status to end with: 0, or after a stop on request 128 and the signal's number
-        (SIGTERM: 143, Ctrl-C: 130); all is saved then. 1 if going on would be a waste.
+        (SIGTERM: 143, Ctrl-C: 130, SIGUSR1: 138); all is saved then. 1 if to continue would be a
+        waste.
 
     Raises:
         SystemExit: with a message; status 2 for what the user can mend, 1 where the training

@@ -3,7 +3,7 @@
     python -m ds_deberta.launch [options of deepspeed] run_pretrain.py [its flags]
 
 Puts `deepspeed` right where it goes wrong without a word: a hostfile that is not there is an
-error; a signal to stop reaches the ranks, wherever they are; the status is theirs (143 or 130
+error; a signal to stop reaches the ranks, wherever they are; the status is theirs (143, 130 or 138
 after a stop with everything saved); and nothing outlives it.
 
 WORLD_SIZE, RANK and MASTER_ADDR may count nodes, as for the original's scripts: start it on each of
@@ -28,7 +28,7 @@ import torch
 
 from ds_deberta.distributed import Place, end_with_parent, find_place
 from ds_deberta.ports import free_port
-from ds_deberta.stop import ONE_REQUEST_SECONDS
+from ds_deberta.stop import ONE_REQUEST_SECONDS, SIGNALS
 
 _SCRIPT = "run_pretrain.py"
 _SECONDS_TO_LEAVE = 30
@@ -227,7 +227,7 @@ def _run(command: Sequence[str]) -> int:
         else:
             os.killpg(launcher.pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     status = launcher.wait()

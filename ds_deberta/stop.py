@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, Ctrl-C, or a launcher that is gone.
+"""Stopping on request: SIGTERM, SIGUSR1, Ctrl-C, or a launcher that is gone.
 
 A signal reaches one rank, or all, or, when `deepspeed` itself is the one that gets it, none.
 Whoever learns of it says so when all ranks ask each other, about once a second, between two steps;
@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from ds_deberta.distributed import has_launcher, logger, world_size
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm sends some time before the end: sbatch --signal=USR1@120."""
 # Launchers repeat a signal, or send another on top: what comes so soon is still the first request.
 ONE_REQUEST_SECONDS = 2.0
 _SECONDS_BETWEEN_QUESTIONS = 1.0
@@ -52,7 +53,7 @@ class StopRequest:
         """Begin to listen. In a thread, for a second signal must end even a stuck process."""
         self._old_handlers: dict[int, Any] = {
             number: signal.signal(number, lambda *_: None)
-            for number in _SIGNALS
+            for number in SIGNALS
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ds_deberta.launch import (
     port_options,
     split_command,
 )
-from tests.launch import ROOT
+from tests.launch import ROOT, clean_environment
 
 ONE = find_place({})
 NODE = find_place({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "5"})
@@ -133,3 +134,23 @@ def test_a_group_of_processes_that_only_wait_to_be_reaped_is_gone():
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, until the next line
     assert not _alive(process.pid)
     process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_to_stop_are_passed_on(number):
+    """To a stand-in for `deepspeed`, which says what it got."""
+    child = (
+        "import signal, sys, time\n"
+        f"signal.signal({number.value}, lambda number, _: sys.exit(100 + number))\n"
+        "print('ready', flush=True); time.sleep(60)\n"
+    )
+    program = (
+        "import sys; from ds_deberta.launch import _run\n"
+        f"sys.exit(_run([sys.executable, '-c', {child!r}]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=clean_environment(), stdout=-1, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(30) == 100 + number

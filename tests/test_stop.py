@@ -110,9 +110,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(flags, tmp_path):
     flags += ["--objective", "rtd", "--eval_interval", "1", "--num_workers", "1"]
     with Run(tmp_path / "run", *PYTHON, *flags, *ENDLESS) as run:
         run.wait_for(lambda: run.has_logged(5))
-        # A terminal's Ctrl-C goes to the worker too.
-        os.killpg(run.launcher.pid, signal.SIGINT)
-        assert run.launcher.wait(25) == 130
+        # To the worker too, as Slurm's --signal, or a terminal's Ctrl-C.
+        os.killpg(run.launcher.pid, signal.SIGUSR1)
+        assert run.launcher.wait(25) == 138
         step = run.check_saved()
     ending = [*flags, "--num_training_steps", str(step + 3)]
     commands = [[*ending, "--output_dir", str(tmp_path / name)] for name in ("run", "whole")]

@@ -249,7 +249,7 @@ def _build_loader(
 
 def _start_worker(_: int) -> None:
     # A terminal and launchers send them to every process, and a worker that is gone is an error.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
