@@ -26,6 +26,7 @@ from ds_deberta.distributed import (
     sum_across_ranks,
     world_size,
 )
+from ds_deberta.ds_remarks import remarks
 from ds_deberta.engine import (
     DeepSpeedFacts,
     describe,
@@ -70,6 +71,8 @@ def build_objective(
     configs = model_configs(run, tokenizer)
     ds_configs, attend, reason = on_all_ranks(lambda: settle(run, configs, device))
     _tell_precision(run, precision(next(iter(ds_configs.values()))))
+    for remark in remarks(run.deepspeed_config, next(iter(ds_configs.values()))):
+        logger.warning(remark)
     logger.info(reason)
     engines = {
         name: initialize_engine(

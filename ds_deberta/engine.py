@@ -29,11 +29,12 @@ import deepspeed.ops  # noqa: E402
 # An engine's finalizer imports it. In the midst of another import that breaks CPython 3.11's lock.
 import deepspeed.utils.pin_memory  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
-from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ds_deberta.builds import use_batons  # noqa: E402
 from ds_deberta.distributed import computes_in_bf16, without_triton, world_size  # noqa: E402
+from ds_deberta.ds_values import check_values  # noqa: E402
 from ds_deberta.json_file import read_object  # noqa: E402
 from ds_deberta.leftovers import own_folder  # noqa: E402
 from ds_deberta.model import DebertaForMaskedLM  # noqa: E402
@@ -46,6 +47,7 @@ from ds_deberta.optim import (  # noqa: E402
     lr_factor,
     param_groups,
 )
+from ds_deberta.optimizer_section import check_optimizer, fill_optimizer  # noqa: E402
 from ds_deberta.zero_state import read_state, write_state  # noqa: E402
 
 deepspeed_logger.setLevel(logging.ERROR)
@@ -95,7 +97,13 @@ _OWNED_KEYS = {  # what DeepSpeed knows but the command line decides
     "compile": "--compile",
     "amp": "bf16 or fp16",
 }
+_UNTRIED = ("legacy_stage1", "zenflow", "offload_optimizer.super_offload")
 _OFFLOADED = ("optimizer", "param")
+_OLD_OFFLOAD = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_params": "offload_param",
+}
 _BATCH_KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -172,6 +180,9 @@ def load_ds_config(path: Path, facts: DeepSpeedFacts, *, runs_here: bool = True)
     """
     config = _read_json(path)
     _check_keys(path, config)
+    _rename_old_offload(path, config)
+    if "optimizer" in config:
+        fill_optimizer(path, config)
     for place, (value, source) in facts.owned().items():
         stated = _get(config, place)
         if stated == "auto" and value is not None:
@@ -196,7 +207,10 @@ def load_ds_config(path: Path, facts: DeepSpeedFacts, *, runs_here: bool = True)
     if "optimizer" not in config:  # ours: torch's fused AdamW, subclassed, in every stage
         config["zero_allow_untested_optimizer"] = True
         config["zero_force_ds_cpu_optimizer"] = False
+    else:
+        check_optimizer(path, config["optimizer"])
     _check_precision(path, config)
+    check_values(path, config, precision(config))
     _check_skipping(path, config)
     _check_masters(path, config)
     _check_loss_scale(path, _read_by_deepspeed(path, config))
@@ -449,6 +463,21 @@ def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: DeepSpeed knows no key {key!r}{hint}")
 
 
+def _rename_old_offload(path: Path, config: Mapping[str, Any]) -> None:
+    """Give the offload switches of old their names of today, which all else here reads."""
+    zero = config.get("zero_optimization", {})
+    pinned = zero.pop("cpu_offload_use_pin_memory", None)
+    for old, name in _OLD_OFFLOAD.items():
+        is_on = zero.pop(old, None)
+        if is_on not in (None, True, False):
+            raise ValueError(f"{path}: {old} must be true or false, got {is_on!r:.40}")
+        if not is_on:
+            continue
+        if name in zero:
+            raise ValueError(f"{path} sets {old} and {name}, its name of today; keep the latter")
+        zero[name] = {"device": "cpu"} | ({} if pinned is None else {"pin_memory": pinned})
+
+
 def _check_precision(path: Path, config: Mapping[str, Any]) -> None:
     if (stage := zero_stage(config)) not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r:.40}")
@@ -496,7 +525,9 @@ def _read_by_deepspeed(path: Path, config: Mapping[str, Any]) -> DeepSpeedConfig
             f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()
         )
         raise ValueError(f"{path}, in {error.title}: {wrong}") from None
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        *(AssertionError, AttributeError, DeepSpeedConfigError, KeyError, TypeError, ValueError),
+    ) as error:
         raise ValueError(f"{path} is refused by DeepSpeed: {error}") from None
 
 
@@ -525,8 +556,14 @@ def _check_sharding(path: Path, config: Mapping[str, Any]) -> None:
             f"{path} sets {early[0]}, which needs ZeRO stage 3; got stage {stage}. Take one of "
             "ds_configs/zero3_*.json."
         )
+    for place in _UNTRIED:
+        if _get(options, place):
+            raise ValueError(
+                f"{path} sets {place} in zero_optimization, which has never been tried here. "
+                "Remove it, as in ds_configs/*.json."
+            )
     group = options.get("zero_hpz_partition_size", 1)
-    if world_size() % group:
+    if group < 1 or world_size() % group:
         raise ValueError(
             f"{path}: zero_hpz_partition_size must be the processes of one node, of which the "
             f"{world_size()} in all are a multiple; got {group}. On one node take "

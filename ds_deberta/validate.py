@@ -24,6 +24,7 @@ from ds_deberta.checkpoint import TrainState
 from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
 from ds_deberta.distributed import Place, check_world_size, plan_world_size
+from ds_deberta.ds_remarks import remarks
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.plan import checkpoint_bytes, shape_of
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
@@ -63,6 +64,10 @@ def validate(as_parsed: PretrainConfig, place: Place) -> Iterator[tuple[bool, st
     yield checks.make(
         "DeepSpeed, attention", lambda: build.settle(run, configs, device), needs="model batch"
     )
+    if checks.results["DeepSpeed, attention"] is not _FAILED:
+        ds_config = next(iter(checks.results["DeepSpeed, attention"][0].values()))
+        for remark in remarks(run.deepspeed_config, ds_config):
+            yield True, f"NOTE   {remark}"
     if run.model.init_model or run.model.init_generator or run.model.init_discriminator:
         yield checks.make(
             "initial weights",

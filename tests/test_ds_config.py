@@ -8,6 +8,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_deberta import engine
 from ds_deberta.distributed import plan_world_size
+from ds_deberta.ds_remarks import remarks
 from ds_deberta.engine import (
     DeepSpeedFacts,
     load_ds_config,
@@ -177,6 +178,130 @@ def test_a_shipped_optimizer_gets_the_recipe(tmp_path):
     config = load_ds_config(write(tmp_path, optimizer=optimizer), facts())
     assert config["optimizer"]["params"]["lr"] == 1e-3
     assert config["optimizer"]["params"]["betas"] == [0.9, 0.999]
+
+
+def test_a_shipped_optimizer_without_params_gets_the_recipe(tmp_path):
+    """Else its class would decide: a learning rate of 1e-3 whatever the flags say."""
+    config = load_ds_config(write(tmp_path, optimizer={"type": "AdamW"}), facts())
+    params = config["optimizer"]["params"]
+    assert params == {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6}
+    config = load_ds_config(write(tmp_path, optimizer={"type": "SGD"}), facts())
+    assert config["optimizer"]["params"] == {"lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({}, "optimizer.type must be a name"),
+        ({"type": 3}, "optimizer.type must be a name"),
+        ({"type": "AdamW", "params": [1]}, "optimizer.params must be a JSON object"),
+        ({"type": "Foo"}, "must be AdamW, Adam or an optimizer of torch.optim; got 'Foo'"),
+        ({"type": "OneBitAdam"}, "must be AdamW, Adam or an optimizer of torch.optim"),
+        ({"type": "Lamb"}, "Lamb of DeepSpeed has never been tried"),
+        ({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, "has 'max_grad_norm', which"),
+        ({"type": "AdamW", "params": {"torch_adam": True, "foo": 1}}, "refuses .*'foo'"),
+        ({"type": "SGD", "params": {"betas": "auto"}}, "torch's SGD refuses .*'betas'"),
+        ({"type": "SparseAdam"}, "SparseAdam refuses to start: .* dense gradients"),
+        ({"type": "LBFGS"}, "LBFGS refuses to start"),
+    ],
+)
+def test_an_optimizer_that_would_not_start_is_refused(tmp_path, optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        load_ds_config(write(tmp_path, optimizer=optimizer), facts())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "adam", "NAdam", "SGD", "Adagrad"])
+def test_an_optimizer_that_would_start_is_taken(tmp_path, name):
+    load_ds_config(write(tmp_path, optimizer={"type": name}), facts())
+
+
+@pytest.mark.parametrize("old", ["cpu_offload_param", "cpu_offload_params"])
+def test_the_offload_switches_of_old_mean_what_they_are_called_today(tmp_path, old):
+    zero = {"stage": 3, "cpu_offload": True, "cpu_offload_use_pin_memory": True, old: True}
+    config = load_ds_config(write(tmp_path, zero_optimization=zero), facts())
+    pinned = {"device": "cpu", "pin_memory": True}
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": pinned,
+        "offload_param": pinned,
+    }
+    assert (offload_device(config, "optimizer"), offload_device(config, "param")) == ("cpu", "cpu")
+    config = load_ds_config(write(tmp_path, zero_optimization={"cpu_offload": False}), facts())
+    assert config["zero_optimization"] == {}
+
+
+def test_an_offload_by_two_names_is_refused(tmp_path):
+    zero = {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(ValueError, match="sets cpu_offload and offload_optimizer"):
+        load_ds_config(write(tmp_path, zero_optimization=zero), facts())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"legacy_stage1": True}, "sets legacy_stage1 .* never been tried"),
+        ({"zenflow": {"topk_ratio": 0.1}}, "sets zenflow .* never been tried"),
+        ({"mics_shard_size": 2}, "MiCS"),
+    ],
+)
+def test_options_that_would_not_start_are_refused(tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        load_ds_config(write(tmp_path, zero_optimization={"stage": 2} | option), facts())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("gradient_clipping", "1", "a number, 0 for none"),
+        ("gradient_clipping", None, "a number, 0 for none"),
+        ("gradient_clipping", -1, "a number, 0 for none"),
+        ("gradient_predivide_factor", 0, "a number over 0"),
+        ("steps_per_print", 0, "a whole number over 0"),
+        ("steps_per_print", "a", "a whole number over 0"),
+        ("prescale_gradients", "x", "true or false"),
+        ("data_types", [], "a JSON object"),
+        ("data_types", {"grad_accum_dtype": "bf16"}, "fp32 where gradients are fp32"),
+        ("data_types", {"grad_accum_dtype": "foo"}, "fp32 where gradients are fp32"),
+        ("torch_autocast", {"enabled": True, "lower_precision_safe_modules": ["os.x"]}, "names as"),
+        ("zero_optimization", {"stage": 3, "zero_hpz_partition_size": 0}, "the processes of one"),
+    ],
+)
+def test_values_that_would_end_the_first_step_are_refused(tmp_path, name, value, rule):
+    with pytest.raises(ValueError, match=f"must be {rule}"):
+        load_ds_config(write(tmp_path, **{name: value}), facts())
+
+
+def said(tmp_path: Path, **config) -> str:
+    path = write(tmp_path, **config)
+    return "\n".join(remarks(path, load_ds_config(path, facts())))
+
+
+def test_what_is_said_without_effect_is_said(tmp_path):
+    clip = {"gradient_clipping": "auto"}
+    for name, section in (
+        ("activation_checkpointing", {"partition_activations": True}),
+        ("fp16", {"loss_scale": 0, "initial_scale_power": 14}),
+        ("aio", {"block_size": 1 << 20}),
+        ("checkpoint", {"tag_validation": "Warn"}),
+    ):
+        assert f"without effect: {name} (" in said(tmp_path, **clip, **{name: section})
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    found = said(tmp_path, **clip, zero_optimization=offload)
+    assert "without effect: zero_optimization's offload_optimizer (its stage is 0)" in found
+    early = {"stage": 2, "stage3_max_live_parameters": 5}
+    found = said(tmp_path, **clip, zero_optimization=early)
+    assert "zero_optimization's stage3_max_live_parameters (its stage is 2)" in found
+
+
+def test_a_run_without_clipping_is_said(tmp_path):
+    assert "gradients are not clipped" in said(tmp_path, bf16={"enabled": False})
+    assert said(tmp_path, gradient_clipping=0.0) == ""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_of_a_shipped_config_nothing_is_said(path, sixteen_processes):
+    config = load_ds_config(path, replace(facts(), train_batch_size=1024), runs_here=False)
+    assert not list(remarks(path, config))
 
 
 def test_a_meaningless_auto_is_named(tmp_path):
