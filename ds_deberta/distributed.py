@@ -150,6 +150,7 @@ def initialize(seed: int, *, expect_world_size: int | None = None) -> torch.devi
             "process for each device, or unset WORLD_SIZE."
         )
     check_world_size(place, expect_world_size)
+    check_allocation(place, os.environ, expect_world_size)
     logger.info("%s", place)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -232,6 +233,27 @@ def check_world_size(place: Place, expected: int | None) -> None:
         raise ValueError(
             f"expect_world_size is {expected}, but there are {place.world_size} "
             f"processes ({place}). Look at the launcher's options and its hostfile."
+        )
+
+
+def check_allocation(place: Place, variables: Mapping[str, str], expected: int | None) -> None:
+    """Refuse to train on a part of what Slurm has given, unless the number of processes is said.
+
+    Raises:
+        ValueError: this process would train alone, or its processes leave nodes idle.
+    """
+    if expected is not None or "SLURM_STEP_NUM_TASKS" in variables:  # in a step: `srun` said it
+        return
+    tasks = _whole_number(variables, "SLURM_NTASKS", 1)
+    nodes = _whole_number(variables, "SLURM_JOB_NUM_NODES", 1)
+    used = place.world_size // place.local_world_size
+    is_alone = place.unit == "node" and place.world_size == 1
+    if (is_alone and tasks > 1) or used < nodes:
+        raise ValueError(
+            f"Slurm has given this job {tasks} tasks on {nodes} nodes, but {place.world_size} "
+            f"process(es) would train on {used} of them. Start `srun python run_pretrain.py` (a "
+            "task for each device) or `srun ./rtd.sh` (a task for each node); or, if it is meant, "
+            f"add --expect_world_size {place.world_size}."
         )
 
 

@@ -23,7 +23,7 @@ from ds_deberta.builds import PATIENCE
 from ds_deberta.checkpoint import TrainState
 from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
-from ds_deberta.distributed import Place, check_world_size, plan_world_size
+from ds_deberta.distributed import Place, check_allocation, check_world_size, plan_world_size
 from ds_deberta.ds_remarks import remarks
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.plan import checkpoint_bytes, shape_of
@@ -46,6 +46,7 @@ def validate(as_parsed: PretrainConfig, place: Place) -> Iterator[tuple[bool, st
     expected = as_parsed.expect_world_size
     if place.world_size > 1:
         yield checks.make("processes", lambda: check_world_size(place, expected))
+    yield checks.make("allocation", lambda: check_allocation(place, os.environ, expected))
     plan_world_size(place.world_size if place.world_size > 1 else expected or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 
 from ds_deberta import distributed
-from ds_deberta.distributed import Place, computes_in_bf16, find_place, initialize
+from ds_deberta.distributed import (
+    Place,
+    check_allocation,
+    computes_in_bf16,
+    find_place,
+    initialize,
+)
 from ds_deberta.kernels.dropout import dropout
 from tests.launch import ROOT, clean_environment
 
@@ -84,6 +90,39 @@ def test_a_step_of_srun_places_its_processes():
 def test_what_makes_no_sense_is_refused(variables, message):
     with pytest.raises(ValueError, match=message):
         find_place(variables)
+
+
+BATCH = {"SLURM_JOB_ID": "40012", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+TWO_NODES = BATCH | {"SLURM_JOB_NUM_NODES": "2"}
+STARTED = {"RANK": "3", "LOCAL_RANK": "3", "LOCAL_SIZE": "4", **MASTER}
+
+
+def allocate(variables: dict[str, str], expected: int | None = None) -> None:
+    check_allocation(find_place(variables), variables, expected)
+
+
+def test_a_part_of_what_slurm_has_given_is_refused():
+    with pytest.raises(ValueError, match=r"8 tasks on 1 nodes, but 1 process\(es\) would train"):
+        allocate(BATCH)
+    with pytest.raises(ValueError, match=r"would train on 1 of them\. Start `srun python"):
+        allocate(TWO_NODES | STARTED | {"WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (BATCH | {"SLURM_NTASKS": "1"}, None),
+        (BATCH, 1),
+        (BATCH | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        (BATCH | STARTED | {"WORLD_SIZE": "4"}, None),
+        (TWO_NODES | STARTED | {"WORLD_SIZE": "8"}, None),
+        (TWO_NODES | STARTED | {"WORLD_SIZE": "4"}, 4),
+        (SLURM | {"SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2"}, None),
+    ],
+)
+def test_all_of_what_slurm_has_given_or_what_is_said_is_taken(variables, expected):
+    allocate(variables, expected)
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
