@@ -40,7 +40,8 @@ class DataConfig:
     mask_prob: float = 0.15
     """Share of the tokens that are predicted."""
     max_ngram: int = 1
-    """Longest run of whole words masked together (1: single tokens; always 1 for RTD)."""
+    """Longest run of whole words masked together (1: single tokens; always 1 for RTD). A word has
+    8 tokens at most; in scripts without spaces each piece is one."""
     num_workers: int = 2
     """Processes that mask ahead, per rank; 0: in the training process."""
     skip_samples: str = ""

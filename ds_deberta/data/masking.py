@@ -12,6 +12,9 @@ import numpy as np
 
 from ds_deberta.data.tokenizer import SpecialTokens
 
+LONGEST_WORD = 8
+"""Tokens of a word at most. A longer one, of text without spaces or a web address, is cut."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NGramMasker:
@@ -95,6 +98,7 @@ class NGramMasker:
         document = (ids == self.special.cls).cumsum()[candidates]
         starts = self.is_word_start[ids[candidates]]
         starts |= _differs(document)
+        starts |= _cuts_of_long_words(starts, rng)
         first = np.flatnonzero(starts)  # index of each word's first token in `candidates`
         size = np.diff(first, append=len(candidates))
         num_words = len(first)
@@ -128,6 +132,21 @@ class NGramMasker:
     def _ngram_cdf(self) -> np.ndarray:
         weights = 1 / np.arange(1, self.max_ngram + 1)
         return np.cumsum(weights / weights.sum())[:-1]
+
+
+def _cuts_of_long_words(starts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Tell for each token whether a long word is cut before it, beginning at any of its tokens.
+
+    Nothing is drawn where no word is long: the masks of such rows are those without this.
+    """
+    first = np.flatnonzero(starts)
+    size = np.diff(first, append=len(starts))
+    is_long = size > LONGEST_WORD
+    if not is_long.any():
+        return np.zeros_like(starts)
+    phase = rng.integers(LONGEST_WORD, size=len(size))
+    place = np.arange(len(starts)) - np.repeat(first - phase, size)
+    return np.repeat(is_long, size) & (place % LONGEST_WORD == 0)
 
 
 def _differs(values: np.ndarray) -> np.ndarray:

@@ -15,6 +15,11 @@ from sentencepiece import SentencePieceProcessor
 FIRST_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
 WORD_START = "\u2581"  # sentencepiece's mark for "a space came before"
+# How Unicode's names of their letters begin.
+_WITHOUT_SPACES = (
+    *("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "YI SYLLABLE"),
+    *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "JAVANESE ", "BALINESE ", "NEW TAI LUE"),
+)
 PUBLIC_NUM_TOKENS, PUBLIC_VOCAB_SIZE = 128_001, 128_100  # the released v2 and v3 checkpoints
 
 
@@ -74,7 +79,9 @@ class DebertaTokenizer:
         """Tell for every live id whether it starts a whole word, bool [num_tokens].
 
         As the original's `part_of_whole_word`: special tokens, pieces after a space, and single
-        punctuation characters start one; every other piece continues the word before it.
+        punctuation characters start one; every other piece continues the word before it. But for
+        scripts that are written without spaces, where that word would be a sentence: there each
+        piece is a word.
         """
         starts = np.array([_starts_word(piece) for piece in self.pieces(range(self.num_tokens))])
         starts[list(self.special.ids())] = True
@@ -146,6 +153,8 @@ def _embedding_rows(num_tokens: int) -> int:
 
 def _starts_word(piece: str) -> bool:
     if piece.startswith(WORD_START):
+        return True
+    if unicodedata.name(piece[:1], "").startswith(_WITHOUT_SPACES):
         return True
     if len(piece) != 1:
         return False

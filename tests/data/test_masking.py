@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ds_deberta.data import NGramMasker
+from ds_deberta.data import NGramMasker, masking
+from ds_deberta.data.masking import LONGEST_WORD
 
 NUM_TOKENS = 200
 LENGTH = 512
@@ -239,7 +240,7 @@ def test_whole_words_are_never_split(special, rng):
         ids = random_row(rng, special)
         ids[rng.integers(1, LENGTH - 1, size=20)] = special.unk  # does not end a word
         taken = set(masker(ids, rng)[1].tolist())
-        words = words_of(ids, masker)
+        words = [word for word in words_of(ids, masker) if len(word) <= LONGEST_WORD]
         split = [word for word in words if 0 < len(taken.intersection(word)) < len(word)]
         # Only the word that would not fit is cut.
         assert len(split) <= (len(taken) == masker.max_predictions)
@@ -262,6 +263,38 @@ def packed_row(rng, special, length, documents):
     row = random_row(rng, special, length * documents)
     row[::length], row[length - 1 :: length] = special.cls, special.sep
     return row
+
+
+def longest_run(positions):
+    """How many neighbours the longest row of them has."""
+    groups = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    return max(map(len, groups))
+
+
+def test_a_row_that_is_one_word_is_masked_in_short_runs_anywhere(special, rng):
+    """As text without spaces, or an encoded picture, is."""
+    masker = make_masker(special, is_word_start=np.zeros(NUM_TOKENS, dtype=bool), max_ngram=2)
+    hits, rows = np.zeros(LENGTH), 3000
+    for _ in range(rows):
+        _, positions, _ = masker(random_row(rng, special), rng)
+        assert len(positions) <= masker.max_predictions
+        hits[positions] += 1
+        assert longest_run(positions) <= 8 * LONGEST_WORD  # of a word each, side by side by chance
+    inner = hits[20:-20] / rows
+    assert abs(inner.mean() - 0.15) < 0.01
+    # Runs begin and end at any token: no position is masked much more or less than others.
+    assert np.abs(inner - inner.mean()).max() < 6 * np.sqrt(0.15 * 0.85 / rows)
+
+
+def test_masks_of_rows_without_long_words_are_what_they_were(special, rng, monkeypatch):
+    masker, rows = make_masker(special, max_ngram=3), [random_row(rng, special) for _ in range(30)]
+    is_short = [longest_run(np.flatnonzero(row % 3 == 0)) < LONGEST_WORD for row in rows]
+    assert sum(is_short) > 10
+    found = [masker(row, np.random.default_rng(5))[1] for row in rows]
+    monkeypatch.setattr(masking, "LONGEST_WORD", LENGTH)
+    for row, positions, same in zip(rows, found, is_short, strict=True):
+        if same:
+            np.testing.assert_array_equal(masker(row, np.random.default_rng(5))[1], positions)
 
 
 def test_runs_of_words_end_with_their_document(special, rng):

@@ -67,9 +67,15 @@ def test_an_id_past_the_live_ones_is_an_error(tokenizer):
         ("\u20ac", False),  # the euro sign is no punctuation
         ("...", False),  # more than one character
         ("<0x0A>", False),
+        ("\u4e2d\u56fd", True),  # Chinese and so on: the original's word would be a sentence
+        ("\u3067\u3059", True),
+        ("\u30ab\u30ca", True),
+        ("\u0e44\u0e17\u0e22", True),
+        ("\ud55c\uad6d", False),  # Korean has spaces
+        ("\u0440\u0443\u0441", False),
     ],
 )
-def test_word_starts_follow_the_original_rule(piece, starts):
+def test_word_starts_follow_the_original_rule_but_in_scripts_without_spaces(piece, starts):
     assert _starts_word(piece) is starts
 
 
