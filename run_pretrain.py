@@ -10,6 +10,7 @@ the flags.
 import os
 import sys
 import traceback
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.plan import plan
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
+from ds_deberta.run_lock import only_run_in
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import train
 from ds_deberta.validate import validate
@@ -46,11 +48,18 @@ def pretrain(run: PretrainConfig) -> int:
         SystemExit: with a message; status 2 for what the user can mend, 1 where the training
             ended and its last checkpoint could not be written.
     """
+    with ExitStack() as held:
+        return _pretrain(run, held)
+
+
+def _pretrain(run: PretrainConfig, held: ExitStack) -> int:
     try:
         device = initialize(run.seed, expect_world_size=run.expect_world_size)
         run = on_all_ranks(partial(resolve, run))
         check_agreement(run)
         check_output_dir(run.output_dir)
+        lock = only_run_in(run.output_dir)
+        on_all_ranks(lambda: held.enter_context(lock) if is_main() else None)
         check_data(run.data.data_dir)
         for warning in warnings_of(run):
             logger.warning(warning)

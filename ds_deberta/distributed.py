@@ -343,13 +343,18 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def host_identity() -> str:
+    """What this machine's processes share, in containers too, until it is booted again."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+
+
 def place_on_node() -> tuple[int, int]:
     """This process's number among those of its host, and how many these are.
 
     Counted by asking all ranks: launchers' variables do without, or count for another node.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
+    host = f"{socket.gethostname()} {host_identity()}"
     ranks = [i for i, other in enumerate(gather_objects(host)) if other == host]
     return ranks.index(rank()), len(ranks)
 

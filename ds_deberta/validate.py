@@ -28,6 +28,7 @@ from ds_deberta.ds_remarks import remarks
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
 from ds_deberta.plan import checkpoint_bytes, shape_of
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
+from ds_deberta.run_lock import check_no_run_in
 
 _NCCL_SHM_BYTES = 2**30  # what NCCL's documentation asks of a container: --shm-size=1g
 
@@ -92,7 +93,7 @@ def validate(as_parsed: PretrainConfig, place: Place) -> Iterator[tuple[bool, st
         lambda: build.build_checkpointer(run, tokenizer).check(),
         needs="DeepSpeed, attention",
     )
-    yield checks.make("output folder", lambda: check_writable(run.output_dir))
+    yield checks.make("output folder", lambda: _check_output_dir(run.output_dir))
     yield checks.make(
         "disk space",
         lambda: _check_disk(run, configs, checks.results["DeepSpeed, attention"][0]),
@@ -141,6 +142,11 @@ def _verify(run: PretrainConfig) -> str:
     for split in manifest.splits:
         ShardDataset(run.data.data_dir, split, manifest).verify()
     return f"{sum(len(split.shards) for split in manifest.splits.values())} shards"
+
+
+def _check_output_dir(folder: Path) -> None:
+    check_writable(folder)
+    check_no_run_in(folder)
 
 
 def check_writable(folder: Path) -> None:
