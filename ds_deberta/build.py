@@ -4,19 +4,21 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_deberta.agreement import check_same, data_fingerprint, on_all_ranks
+from ds_deberta.agreement import check_same, on_all_ranks
 from ds_deberta.checkpoint import Checkpointer, TrainState
 from ds_deberta.compatibility import fit_configs
 from ds_deberta.config import ModelConfig, PretrainConfig
 from ds_deberta.data import DebertaTokenizer, Manifest, NGramMasker, ShardDataset, loader
 from ds_deberta.data.loader import Batch
 from ds_deberta.data.sampler import SkippedSamples
+from ds_deberta.data.shards import write_durably
 from ds_deberta.data.unigram import Unigram, UnigramLevel
 from ds_deberta.distributed import (
     computes_in_bf16,
@@ -36,6 +38,7 @@ from ds_deberta.engine import (
     zero_stage,
 )
 from ds_deberta.health import Health
+from ds_deberta.identity import identity_of, settings_of
 from ds_deberta.kernels import AttentionFn, select_attention
 from ds_deberta.metrics import MetricTracker, measure_peak_flops
 from ds_deberta.model import (
@@ -56,8 +59,6 @@ from ds_deberta.weights import Role, Source, find_source
 
 # They cost about a third of what training on them does: 11 steps of 64 x 512.
 _EVALUATED_TOKENS = 2**20
-# What may change when a run goes on; all else about its optimizer must stay.
-_MAY_CHANGE = ("warmup", "lr_schedule", "decay_fraction", "lr_end")
 
 
 def build_objective(
@@ -357,25 +358,14 @@ def build_checkpointer(run: PretrainConfig, tokenizer: DebertaTokenizer) -> Chec
     configs = model_configs(run, tokenizer)
     ds_config = next(iter(build_ds_configs(run, configs).values()))
     models = {name: config.to_dict() for name, config in configs.items()}
-    sharing = run.model.embedding_sharing if run.objective == "rtd" else "nes"
-    optim = asdict(run.optim)
-    identity = {
-        "objective": run.objective,
-        "models": models,
-        "embedding_sharing": sharing,
-        "seed": run.seed,
-        "train_batch_size": run.train.train_batch_size,
-        "max_seq_length": run.data.row_length,
-        "max_ngram": run.data.max_ngram,
-        "mask_prob": run.data.mask_prob,
-        "data": data_fingerprint(Manifest.load(run.data.data_dir)),
-    } | {name: value for name, value in optim.items() if name not in _MAY_CHANGE}
+    identity = identity_of(run, models, ds_config)
     checkpointer = Checkpointer(
         run.output_dir,
         keep=run.train.keep_checkpoints,
         identity=identity,
         placement={"world size": world_size()} | describe(ds_config),
-        contents={"models": models, "embedding_sharing": sharing},
+        settings=settings_of(run, ds_config, identity),
+        contents={"models": models, "embedding_sharing": identity["embedding_sharing"]},
         vocab_file=tokenizer.vocab_file,
         accept_changes=run.accept_changes,
     )
@@ -426,7 +416,7 @@ def build_metrics(
     dtype = precision(next(iter(build_ds_configs(run, configs).values())))
     if is_main():
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        (run.output_dir / "config.json").write_text(run.to_json() + "\n")
+        _write_config(run, state.step)
     logger.info("configuration, also in %s:\n%s", run.output_dir / "config.json", run.to_json())
     logger.info("each step: %s", describe_batch(run))
     logger.info("each evaluation: %s", describe_evaluation(run))
@@ -439,6 +429,18 @@ def build_metrics(
     )
     metrics.log_text("config", run.to_json())
     return metrics
+
+
+def _write_config(run: PretrainConfig, step: int) -> None:
+    """Write config.json. One that differs is kept, with the step up to which it counted."""
+    file, content = run.output_dir / "config.json", run.to_json().encode() + b"\n"
+    if file.exists() and file.read_bytes() != content:
+        name = f"config.step_{step:07d}"
+        names = (f"{name}_{number}.json" if number > 1 else f"{name}.json" for number in count(1))
+        kept = next(path for path in map(run.output_dir.joinpath, names) if not path.exists())
+        file.rename(kept)
+        logger.info("the settings before this start differ: %s", kept)
+    write_durably(file, lambda stream: stream.write(content))
 
 
 def build_health(

@@ -91,6 +91,7 @@ class Checkpointer:
         keep: how many checkpoints to keep, newest first; 0 keeps all.
         identity: facts that a resumed run must share with the one that saved, name -> value.
         placement: facts that may be others, and are only told: ranks, stage, precision.
+        settings: all that may change without a flag, by kind, name -> value; changes are listed.
         contents: facts to write down beside them (model configurations and the like).
         vocab_file: the sentencepiece model to copy into each checkpoint.
         accept_changes: names of the identity that may have changed all the same.
@@ -108,6 +109,7 @@ class Checkpointer:
         placement: Mapping[str, Any],
         contents: Mapping[str, Any],
         vocab_file: Path,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
         accept_changes: Collection[str] = (),
     ) -> None:
         self._folder = output_dir / "checkpoints"
@@ -115,10 +117,12 @@ class Checkpointer:
         # Through JSON and back: compared as it will be read.
         self._identity = json.loads(json.dumps(identity))
         self._placement = json.loads(json.dumps(placement))
+        self._settings = json.loads(json.dumps(settings or {}))
         self._contents = contents
         self._vocab_file = vocab_file
         self._accepted = accept_changes
         self._unfinished: _Unfinished | None = None
+        self._damaged: set[Path] = set()  # found so at the resume
         self.current: Path | None = None
         """The checkpoint that was written, or resumed from, last."""
         changeable = sorted(self._identity.keys() - set(FIXED))
@@ -213,6 +217,8 @@ class Checkpointer:
         logger.info("resumed from %s%s", path, moved)
         for change in changed.values():
             logger.info("accepted: %s", change)
+        if listed := _changes(description.get("settings", {}), self._settings):
+            logger.info("changed since the checkpoint: %s", ", ".join(listed))
         if "data" in changed:
             logger.info("other data: they are read from their first row on")
             state.consumed_samples = 0
@@ -268,6 +274,7 @@ class Checkpointer:
             "state": save.state,
             "identity": self._identity,
             "placement": self._placement,
+            "settings": self._settings,
             **self._contents,
             "numbers": save.numbers,
             "files": {**files, "spm.model": vocabulary},
@@ -282,11 +289,24 @@ class Checkpointer:
             os.rename(final, old)
         os.rename(aside, final)
         sync_folder(self._folder)
-        # Those of later steps were passed over at a resume: they do not count.
-        whole = [path for path in self._saved() if _step(path) <= _step(final)]
+        self._damaged.discard(final)
         shutil.rmtree(old, ignore_errors=True)
-        for path in whole[self._keep :] if self._keep else []:
+        for path in self._superfluous(_step(final)):
             _remove(path)
+
+    def _superfluous(self, step: int) -> list[Path]:
+        """Return the checkpoints that `keep` whole ones up to this step are newer than.
+
+        Those of later steps were passed over at a resume: they do not count, nor do damaged ones.
+        Here these are told by what a look at their sizes shows: hashing takes too long.
+        """
+        count, old = 0, []
+        for path in self._saved() if self._keep else []:
+            if _step(path) <= step and count >= self._keep:
+                old.append(path)
+            elif _step(path) <= step and path not in self._damaged and _looks_whole(path):
+                count += 1
+        return old
 
     def _sweep(self) -> None:
         """Remove what runs that died while saving have left."""
@@ -307,6 +327,7 @@ class Checkpointer:
             elif (damage := _find_damage(path, found)) is None:
                 return path, found
             problems.append(damage)
+            self._damaged.add(path)
             logger.warning("%s is passed over: %s", path, damage)
         if not problems:
             return None
@@ -333,11 +354,10 @@ class Checkpointer:
     def _check_identity(self, path: Path, saved: Mapping[str, Any]) -> dict[str, str]:
         """Return the accepted changes, name -> text."""
         then, now = _compared(saved), _compared(self._identity)
-        different = {
-            name: "; ".join(_differences(name, then.get(name), now.get(name)))
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
+        found = {
+            name: "; ".join(_differences(name, then[name], now.get(name))) for name in sorted(then)
         }
+        different = {name: text for name, text in found.items() if text}
         refused = [name for name in different if name not in self._accepted]
         if not refused:
             return different
@@ -393,12 +413,13 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     return description
 
 
-def check_files(checkpoint: Path, files: Mapping[str, Any]) -> None:
+def check_files(checkpoint: Path, files: Mapping[str, Any], *, sizes_only: bool = False) -> None:
     """Compare files with what checkpoint.json says of them.
 
     Args:
         checkpoint: a checkpoint's folder.
         files: of its description, all or some of them.
+        sizes_only: do not read them.
 
     Raises:
         DamageError: one is missing or another; named.
@@ -409,7 +430,7 @@ def check_files(checkpoint: Path, files: Mapping[str, Any]) -> None:
             size = file.stat().st_size
             if size != facts["size"]:
                 raise DamageError(f"{file} has {size} bytes, and had {facts['size']}")
-            if sha256(file) != facts["sha256"]:
+            if not sizes_only and sha256(file) != facts["sha256"]:
                 raise DamageError(f"{file} has another sha256 than when it was written")
         except OSError as error:
             raise DamageError(f"{file} can not be read: {error.strerror}") from None
@@ -502,6 +523,14 @@ def _find_damage(path: Path, description: Mapping[str, Any]) -> str | None:
     return next((found for found in gather_objects(damage) if found), None)
 
 
+def _looks_whole(path: Path) -> bool:
+    try:
+        check_files(path, read_description(path)["files"], sizes_only=True)
+    except ValueError:
+        return False
+    return True
+
+
 def _try_to_read(path: Path) -> dict[str, Any] | ValueError:
     try:
         return read_description(path)
@@ -522,21 +551,53 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _compared(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that a resume compares: not what only a fresh model's weights depend on."""
+    """The facts that a resume compares, of those that a checkpoint says.
+
+    Not what only a fresh model's weights depend on; nor the clipping of a checkpoint that says
+    only that the DeepSpeed JSON had it.
+    """
     models = {
         name: {key: value for key, value in config.items() if key != "initializer_range"}
         for name, config in identity.get("models", {}).items()
     }
-    return {**identity, "models": models}
+    said = {k: v for k, v in identity.items() if (k, v) != ("max_grad_norm", None)}
+    return said | {"models": models}
 
 
 def _differences(name: str, then: Any, now: Any) -> Iterator[str]:
+    """What is no longer as it was; what an older program did not write down is left out."""
     if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key):
-                yield from _differences(f"{name}.{key}", then.get(key), now.get(key))
-    else:
+        for key in sorted(then):
+            yield from _differences(f"{name}.{key}", then[key], now.get(key))
+    elif then != now:
         yield f"{name}: {then!r} then, {now!r} now"
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that differ; a flag that the older program did not have is left out."""
+    flags = [then.get("flags", {}), now.get("flags", {})]
+    pairs = {name: (flags[0][name], flags[1][name]) for name in flags[0] if name in flags[1]}
+    if "deepspeed" in then:
+        old, new = (dict(_flat("deepspeed", each["deepspeed"])) for each in (then, now))
+        pairs |= {name: (old.get(name), new.get(name)) for name in sorted(old | new)}
+    return [
+        f"{name} {_readable(old)} -> {_readable(new)}"
+        for name, (old, new) in pairs.items()
+        if old != new
+    ]
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _flat(f"{name}.{key}", part)
+    else:
+        yield name, value
+
+
+def _readable(value: Any) -> str:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if is_whole else json.dumps(value) if value is not None else "none"
 
 
 def _listed(facts: Mapping[str, Any], names: Collection[str]) -> str:

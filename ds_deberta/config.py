@@ -150,10 +150,12 @@ class PretrainConfig:
 
     def to_json(self) -> str:
         """All fields by their flags' names; `--config` reads it back."""
+        return json.dumps(self.values(), indent=2)
+
+    def values(self) -> dict[str, Any]:
+        """All fields by their flags' names, as plain values."""
         values = {name: getattr(part, name) for part, name in _leaves(self)}
-        return json.dumps(
-            {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, indent=2
-        )
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 # Checked on the command line alone: a saved configuration holds every field.

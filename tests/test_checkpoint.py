@@ -199,6 +199,23 @@ def test_only_the_newest_are_kept_and_the_last_good_one_always(tmp_path):
     assert resumed(checkpointer(tmp_path)).step == 30
 
 
+def test_no_whole_checkpoint_is_deleted_in_favour_of_a_damaged_one(tmp_path):
+    """Known from the resume, or seen by its files' sizes."""
+    for step in (10, 20, 30):
+        path = save(checkpointer(tmp_path), step)
+    flipped = path / "spm.model"
+    flipped.write_bytes(flipped.read_bytes()[::-1])
+    saver = checkpointer(tmp_path, keep=2)
+    assert resumed(saver).step == 20
+    save(saver, 40)
+    assert folders(tmp_path) == ["step_0000020", "step_0000030", "step_0000040"]
+    os.truncate(tmp_path / "run/checkpoints/step_0000040/generator/exp_avg-00000.safetensors", 9)
+    save(saver, 50)
+    assert folders(tmp_path) == [f"step_00000{step}" for step in (20, 30, 40, 50)]
+    save(saver, 60)
+    assert folders(tmp_path) == ["step_0000050", "step_0000060"]
+
+
 def test_files_follow_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
