@@ -151,7 +151,7 @@ class Checkpointer:
         states = {name: engine.state() for name, engine in engines.items()}
         with _all_or_nothing(final, aside):
             _together(lambda: self._begin(aside, states) if is_main() else None)
-        shares = _gather_shares(states)
+        shares = _gather_shares(states, copies=in_background)
         if in_background:
             shares = copy_shares(shares)
         self._unfinished = _Unfinished(
@@ -448,10 +448,10 @@ class _Unfinished:
     """Of this rank."""
 
 
-def _gather_shares(states: Mapping[str, ModelState]) -> Iterator[Share]:
+def _gather_shares(states: Mapping[str, ModelState], *, copies: bool) -> Iterator[Share]:
     """Give this rank its shares of all models, each file under its model's folder."""
     for name, state in states.items():
-        for share in gather_shares(state, rank=rank(), world_size=world_size()):
+        for share in gather_shares(state, rank=rank(), world_size=world_size(), copies=copies):
             yield replace(share, file=f"{name}/{share.file}")
 
 

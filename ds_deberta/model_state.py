@@ -48,20 +48,28 @@ class Share:
     shapes: Mapping[str, tuple[int, ...]]
     """Parameter's name -> shape."""
     tensors: Iterable[Tensor]
-    """In that order, fp32, in CPU memory of their own: training changes nothing in them."""
+    """In that order, fp32, in CPU memory: of their own, or what is trained itself."""
 
 
-def gather_shares(state: ModelState, *, rank: int, world_size: int) -> Iterator[Share]:
+def gather_shares(
+    state: ModelState, *, rank: int, world_size: int, copies: bool
+) -> Iterator[Share]:
     """Give a rank its shares of a model, each tensor when it is asked for.
 
     Each becomes a file KIND-RANK.safetensors. Every rank must go through all shares, and through
     all tensors of each; some ranks have no tensors in some.
+
+    Args:
+        state: of the model.
+        rank: this one.
+        world_size: how many there are.
+        copies: whether training may go on while the tensors are in use.
     """
     for kind, shapes in state.shapes.items():
         rounds = _rounds(shapes, world_size)
         mine = {names[rank]: shapes[names[rank]] for names in rounds if rank < len(names)}
         file = f"{kind}-{rank:05d}.safetensors"
-        yield Share(file, mine, _gather(state, kind, rounds, rank))
+        yield Share(file, mine, _gather(state, kind, rounds, rank, copies))
 
 
 def copy_shares(shares: Iterable[Share]) -> list[Share]:
@@ -145,7 +153,7 @@ def _rounds(shapes: Mapping[str, tuple[int, ...]], world_size: int) -> list[list
 
 
 def _gather(
-    state: ModelState, kind: str, rounds: Iterable[list[str]], rank: int
+    state: ModelState, kind: str, rounds: Iterable[list[str]], rank: int, copies: bool
 ) -> Iterator[Tensor]:
     """Yield the tensors of one rank. All ranks gather a round, then each writes its own."""
     for names in rounds:
@@ -153,13 +161,14 @@ def _gather(
         for owner, name in enumerate(names):
             tensor = state.tensor(kind, name)
             if owner == rank:
-                mine = tensor.detach().to("cpu", torch.float32, copy=True)
+                mine = tensor.detach().to("cpu", torch.float32, copy=copies)
+            del tensor
         if mine is not None:
             yield mine
 
 
 def _write_file(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]
+    file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[Tensor]
 ) -> dict[str, Any]:
     """Write one safetensors file, tensor by tensor, and hash it on the way.
 
@@ -177,10 +186,12 @@ def _write_file(
         head = len(text).to_bytes(8, "little") + text
         digest.update(head)
         stream.write(head)
-        for _, tensor in zip(shapes, tensors, strict=False):  # takes no more than it has names for
+        for _ in shapes:
+            tensor = next(tensors)
             content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] - numpy 2's arrays are buffers
             digest.update(content)
             stream.write(content)
+            del tensor, content  # before the next one is gathered
         stream.flush()
         os.fsync(stream.fileno())
         size = stream.tell()

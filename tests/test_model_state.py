@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,7 +34,8 @@ def example() -> ModelState:
 
 
 def write(state: ModelState, folder: Path, rank: int, world_size: int) -> dict:
-    return write_shares(gather_shares(state, rank=rank, world_size=world_size), folder)
+    shares = gather_shares(state, rank=rank, world_size=world_size, copies=False)
+    return write_shares(shares, folder)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -69,6 +72,20 @@ def test_shares_are_about_equal(tmp_path: Path):
     assert state.num_bytes() < sum(sizes) < 1.1 * state.num_bytes()
 
 
+def test_no_more_than_one_tensor_is_held_while_training_waits(tmp_path: Path):
+    shapes = {name: shape for name, shape in SHAPES.items() if shape != (0,)}
+    held: list[weakref.ref] = []
+
+    def tensor(_: str, name: str) -> torch.Tensor:
+        assert not [each for each in held if each() is not None]
+        made = np.ones(SHAPES[name], np.float32)
+        held.append(weakref.ref(made))
+        return torch.from_numpy(made)  # which holds it
+
+    write(ModelState({"weights": shapes, "exp_avg": shapes}, tensor, {}), tmp_path, 0, 1)
+    assert len(held) == 2 * len(shapes)
+
+
 def test_a_rank_that_can_not_write_still_takes_part(monkeypatch, tmp_path: Path):
     """The others would wait for it for ever: each `tensor` is a collective."""
     state = example()
@@ -101,7 +118,7 @@ def test_a_copy_is_written_as_it_was_whatever_training_does_meanwhile(tmp_path: 
     values = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     state = ModelState({"weights": SHAPES}, lambda _, name: values[name], {})
     expected = {name: value.clone() for name, value in values.items()}
-    shares = copy_shares(gather_shares(state, rank=0, world_size=1))
+    shares = copy_shares(gather_shares(state, rank=0, world_size=1, copies=True))
     for value in values.values():
         value.zero_()
     write_shares(shares, tmp_path)

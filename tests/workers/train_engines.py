@@ -95,7 +95,9 @@ def main() -> None:
         for name, engine in engines.items():
             folder = out_dir / case["name"] / name
             folder.mkdir(parents=True, exist_ok=True)
-            shares = gather_shares(engine.state(), rank=rank(), world_size=world_size())
+            shares = gather_shares(
+                engine.state(), rank=rank(), world_size=world_size(), copies=False
+            )
             write_shares(shares, folder)
         valid_batches = build_valid_batches(
             data_dir=data_dir,
