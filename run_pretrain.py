@@ -26,6 +26,7 @@ from ds_deberta.distributed import barrier, find_place, initialize, is_main, log
 from ds_deberta.health import TrainingLostError
 from ds_deberta.hf import update_export
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.horizon import Horizon
 from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.plan import plan
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
@@ -68,9 +69,11 @@ def _pretrain(run: PretrainConfig, held: ExitStack) -> int:
         build_fast_tokenizer(
             tokenizer.vocab_file
         )  # or else the run could end with nothing to export
-        objective = build.build_objective(run, tokenizer, device)
+        horizon = Horizon(run.train.num_training_steps, run.train.max_minutes)
+        objective = build.build_objective(run, tokenizer, device, horizon)
         checkpointer = build.build_checkpointer(run, tokenizer)
         state = checkpointer.resume(objective.engines)
+        horizon.resume(state.step, state.seconds)
         train_batches = build.build_train_batches(run, tokenizer, state)
         valid_batches = build.build_valid_batches(run, tokenizer)
         metrics = build.build_metrics(run, tokenizer, device, state)
@@ -79,7 +82,7 @@ def _pretrain(run: PretrainConfig, held: ExitStack) -> int:
             sys.stderr.write(f"run_pretrain.py: {error}\n")
         raise SystemExit(2) from None
 
-    was_complete = state.step >= run.train.num_training_steps
+    was_complete = state.step >= horizon.total_steps
     health = build.build_health(run, tokenizer, valid_batches, metrics, device)
     watchdog = Watchdog(run.output_dir / "stacks", run.health.hang_timeout)
     lost = None
@@ -90,6 +93,7 @@ def _pretrain(run: PretrainConfig, held: ExitStack) -> int:
                 train_batches,
                 valid_batches,
                 state,
+                horizon,
                 checkpointer,
                 metrics,
                 replace(run.train, eval_interval=build.evaluation_interval(run)),

@@ -30,6 +30,7 @@ from ds_deberta.data import DebertaTokenizer
 from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.distributed import initialize, shutdown
 from ds_deberta.health import Health, HealthConfig
+from ds_deberta.horizon import Horizon
 from ds_deberta.metrics import MetricTracker, processor
 from ds_deberta.model_state import Share, write_shares
 from ds_deberta.objectives import Objective
@@ -124,10 +125,10 @@ class Bench:
                 self._batches(),
                 [],
                 TrainState(interval - 1),
+                Horizon(NEVER),
                 checkpointer,  # pyright: ignore[reportArgumentType]
                 metrics,
                 trainer.TrainConfig(
-                    num_training_steps=NEVER,
                     dump_interval=interval,
                     log_interval=NEVER,
                     eval_interval=NEVER,

@@ -27,6 +27,7 @@ from ds_deberta import build
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.distributed import initialize, is_main, plan_world_size, shutdown, world_size
 from ds_deberta.engine import initialize_engine
+from ds_deberta.horizon import Horizon
 from ds_deberta.kernels import plan_attention
 from ds_deberta.metrics import processor
 from ds_deberta.model import DebertaConfig
@@ -93,7 +94,7 @@ def train(run: PretrainConfig, configs: dict[str, DebertaConfig]) -> Objective:
             ds_configs[name],
             optim=run.optim,
             lr=run.optim.learning_rate,
-            total_steps=run.train.num_training_steps,
+            horizon=Horizon(run.train.num_training_steps),
         )
         for name, model in build.build_models(run, configs, attend).items()
     }

@@ -102,6 +102,7 @@ def our_objective(
 ) -> Objective:
     """Engines as a training has them, and the objective around them."""
     from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config, precision
+    from ds_deberta.horizon import Horizon
 
     initialize(seed=0)
     optim = OptimConfig(warmup=0)
@@ -129,7 +130,7 @@ def our_objective(
     for model in models.values() if compiled else ():
         model.deberta.encoder.compile_layers()
     engines = {
-        name: initialize_engine(model, resolved, optim=optim, lr=1e-4, total_steps=10**6)
+        name: initialize_engine(model, resolved, optim=optim, lr=1e-4, horizon=Horizon(10**6))
         for name, model in models.items()
     }
     if objective == "mlm":

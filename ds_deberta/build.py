@@ -38,6 +38,7 @@ from ds_deberta.engine import (
     zero_stage,
 )
 from ds_deberta.health import Health
+from ds_deberta.horizon import Horizon
 from ds_deberta.identity import identity_of, settings_of
 from ds_deberta.kernels import AttentionFn, select_attention
 from ds_deberta.metrics import MetricTracker, measure_peak_flops
@@ -62,7 +63,7 @@ _EVALUATED_TOKENS = 2**20
 
 
 def build_objective(
-    run: PretrainConfig, tokenizer: DebertaTokenizer, device: torch.device
+    run: PretrainConfig, tokenizer: DebertaTokenizer, device: torch.device, horizon: Horizon
 ) -> Objective:
     """Models, engines and the objective around them.
 
@@ -81,7 +82,7 @@ def build_objective(
             ds_configs[name],
             optim=run.optim,
             lr=peak_learning_rate(run, name),
-            total_steps=run.train.num_training_steps,
+            horizon=horizon,
         )
         for name, model in build_models(run, configs, attend).items()
     }

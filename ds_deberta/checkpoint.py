@@ -61,6 +61,8 @@ class TrainState:
     """The data's position: the next sample's number. What is before was read, or passed over."""
     evaluation_pending: bool = False
     """This step's evaluation was skipped, to stop in time."""
+    seconds: float = 0.0
+    """What the steps have taken, over all starts, evaluations and checkpoints included."""
 
 
 class Saveable(Protocol):

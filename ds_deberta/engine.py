@@ -35,6 +35,7 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from ds_deberta.builds import use_batons  # noqa: E402
 from ds_deberta.distributed import computes_in_bf16, without_triton, world_size  # noqa: E402
 from ds_deberta.ds_values import check_values  # noqa: E402
+from ds_deberta.horizon import Horizon  # noqa: E402
 from ds_deberta.json_file import read_object  # noqa: E402
 from ds_deberta.leftovers import own_folder  # noqa: E402
 from ds_deberta.model import DebertaForMaskedLM  # noqa: E402
@@ -48,7 +49,7 @@ from ds_deberta.optim import (  # noqa: E402
     param_groups,
 )
 from ds_deberta.optimizer_section import check_optimizer, fill_optimizer  # noqa: E402
-from ds_deberta.zero_state import read_state, write_state  # noqa: E402
+from ds_deberta.zero_state import read_state, set_schedule, write_state  # noqa: E402
 
 deepspeed_logger.setLevel(logging.ERROR)
 # torch 2.13 tells at each of DeepSpeed's calls that they have new names.
@@ -338,6 +339,10 @@ class Engine:
             stats["loss_scale"] = float(self._engine.optimizer.loss_scaler.cur_scale)
         return stats
 
+    def follow_schedule(self) -> None:
+        """Set the learning rate of the next update again; the schedule has changed."""
+        set_schedule(self._engine, self._engine.lr_scheduler.last_epoch)
+
     def state(self) -> ModelState:
         """Weights, optimizer and schedule, to be written or compared."""
         return read_state(self._engine)
@@ -354,7 +359,7 @@ def initialize_engine(
     *,
     optim: OptimConfig,
     lr: float,
-    total_steps: int,
+    horizon: Horizon,
 ) -> Engine:
     """Wrap a model in a DeepSpeed engine with its own optimizer and schedule.
 
@@ -363,7 +368,7 @@ def initialize_engine(
         ds_config: from `load_ds_config`.
         optim: betas, decay, schedule.
         lr: this model's peak learning rate.
-        total_steps: optimizer steps of the whole training, for the schedule.
+        horizon: of the whole training, for the schedule.
 
     Raises:
         ValueError: a parameter belongs to an engine already. (Under ZeRO-1 DeepSpeed would train
@@ -376,7 +381,8 @@ def initialize_engine(
 
     def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         def factor(step: int) -> float:
-            return lr_factor(step, config=optim, total_steps=total_steps)
+            fitted = horizon.fitted(optim)
+            return lr_factor(step, config=fitted, total_steps=horizon.total_steps)
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

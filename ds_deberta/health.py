@@ -73,6 +73,8 @@ class Health:
         self._metrics = metrics
         self._warmup_steps = warmup_steps
         self._unigram = unigram
+        self.longest_warmup = math.inf
+        """The warm-up ends here, if not earlier."""
         self.collapsed = ""
         """What tells of the collapse that the run is to end for."""
         self._skipped: Counter[str] = Counter()  # by engine, in a row
@@ -134,7 +136,7 @@ class Health:
             step: after which it was made.
             values: as `reduce_metrics` gives them.
         """
-        if step < self._warmup_steps:
+        if step < min(self._warmup_steps, self.longest_warmup):
             return
         signs = self._signs_in(values)
         self._signs = Counter({name: self._signs[name] + 1 for name in signs})

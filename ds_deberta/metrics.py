@@ -182,6 +182,12 @@ class MetricTracker:
             self._steps[-1] = replace(self._steps[-1], scores=None)
         self._steps.append(metrics)
 
+    def expect(self, total_steps: int) -> None:
+        """Show another end of the training from now on."""
+        self._total_steps = total_steps
+        if is_main():
+            self._bar.total = total_steps
+
     def log(self, step: int, engine_stats: Mapping[str, float]) -> None:
         """Write the means since the last call, without losses if no update was applied.
 

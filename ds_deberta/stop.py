@@ -38,6 +38,8 @@ class StopRequest:
         """What the ranks have agreed to stop for; 0: nothing."""
         self.all_ready = False
         """The ranks talked in the last call of `agreed`, and all of them were `ready`."""
+        self.seconds: float | None = None
+        """The most that a rank gave as `seconds` in the last call of `agreed`, if they talked."""
         self._asked, self._asked_at = 0, 0.0
         self._steps, self._steps_to_question = 0, 1
         self._last_question = time.monotonic()
@@ -77,7 +79,7 @@ class StopRequest:
         for end in self._pipe:
             os.close(end)
 
-    def agreed(self, *, now: bool = False, ready: bool = False) -> bool:
+    def agreed(self, *, now: bool = False, ready: bool = False, seconds: float = 0.0) -> bool:
         """True if any rank was asked to stop. Every rank must call it, after every step.
 
         The ranks talk only about once a second, so that it costs next to nothing.
@@ -85,19 +87,21 @@ class StopRequest:
         Args:
             now: do not wait for the second to pass: something long has ended, or comes next.
             ready: for what all ranks have to do together; see `all_ready`.
+            seconds: of the training so far; see `seconds`.
         """
-        self.all_ready = False
+        self.all_ready, self.seconds = False, None
         if not now:
             self._steps += 1
             if self._steps < self._steps_to_question:
                 return False
-        seconds = (time.monotonic() - self._last_question) / max(1, self._steps)
-        facts = torch.tensor([self._asked, seconds, not ready], dtype=torch.float64)
+        pace = (time.monotonic() - self._last_question) / max(1, self._steps)
+        facts = torch.tensor([self._asked, pace, not ready, seconds], dtype=torch.float64)
         if self._group is not None:
             dist.all_reduce(facts, dist.ReduceOp.MAX, group=self._group)
-        self.signal, seconds, self.all_ready = int(facts[0]), float(facts[1]), not facts[2]
+        self.signal, pace, self.all_ready = int(facts[0]), float(facts[1]), not facts[2]
+        self.seconds = float(facts[3])
         if not now:  # the slowest rank's count, so that all ask after the same step
-            steps = int(_SECONDS_BETWEEN_QUESTIONS / max(seconds, 1e-6))
+            steps = int(_SECONDS_BETWEEN_QUESTIONS / max(pace, 1e-6))
             self._steps_to_question = min(max(1, steps), _MOST_STEPS_BETWEEN_QUESTIONS)
         self._steps, self._last_question = 0, time.monotonic()
         return self.signal != 0

@@ -13,6 +13,7 @@ from ds_deberta.data.loader import Batch
 from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.distributed import logger, seed_step
 from ds_deberta.health import Health, TrainingLostError
+from ds_deberta.horizon import Horizon
 from ds_deberta.metrics import MetricSums, MetricTracker
 from ds_deberta.objectives import Objective
 from ds_deberta.stop import StopRequest
@@ -25,6 +26,11 @@ class TrainConfig:
 
     num_training_steps: int = 1_000_000
     """Optimizer steps of the whole training."""
+    max_minutes: float | None = None
+    """End after so many minutes, or --num_training_steps if these come first: with an evaluation, a
+    checkpoint and the export, which come on top. The learning-rate schedule is fitted: it ends when
+    the minutes do, and its warm-up lasts a quarter of the run at most. Minutes before a stop count.
+    The weights depend on the machine's speed then, and a resumed run is not equal bit for bit."""
     train_batch_size: int = 256
     """Rows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = None
@@ -52,6 +58,8 @@ class TrainConfig:
         for name in ("micro_batch_size", "eval_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
         for name in ("keep_checkpoints", "eval_rows"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -84,6 +92,7 @@ def train(
     train_batches: Iterator[list[Batch]],
     valid_batches: Iterable[Batch] | None,
     state: TrainState,
+    horizon: Horizon,
     checkpointer: Checkpointer,
     metrics: MetricTracker,
     config: TrainConfig,
@@ -96,7 +105,7 @@ def train(
     tokenizer: DebertaTokenizer,
     device: torch.device,
 ) -> None:
-    """Train until `num_training_steps`, logging, evaluating and saving on the way.
+    """Train until the horizon, logging, evaluating and saving on the way.
 
     Ends earlier, with a checkpoint, if `stop` is agreed on. Dropout is a function of seed and step.
     Without `valid_batches` it does not evaluate.
@@ -109,7 +118,6 @@ def train(
         TrainingLostError: on all ranks, with nothing saved if updates can not be applied, and
             with a checkpoint after a collapse.
     """
-    total_steps = config.num_training_steps
     eval_interval = config.eval_interval or config.dump_interval
 
     def evaluate_now() -> None:
@@ -118,6 +126,12 @@ def train(
         metrics.log_eval(state.step, values, as_text(examples, tokenizer))
         state.evaluation_pending = False
         health.check_evaluation(state.step, values)
+
+    def follow_horizon() -> None:
+        metrics.expect(horizon.total_steps)
+        health.longest_warmup = horizon.longest_warmup
+        for engine in objective.engines.values():
+            engine.follow_schedule()
 
     def succeeds(action: Callable[[], None]) -> bool:
         watchdog.progress()
@@ -130,12 +144,15 @@ def train(
             watchdog.progress()
         return True
 
+    horizon.start()
+    if horizon.is_timed:
+        follow_horizon()
     if valid_batches is None:
         state.evaluation_pending = False
     if state.evaluation_pending:
         with metrics.paused():
             evaluate_now()
-    while state.step < total_steps and not stop.signal:
+    while state.step < horizon.total_steps and not stop.signal:
         with metrics.waiting_for_data():
             micro_batches = [batch.to(device) for batch in next(train_batches)]
         watchdog.progress()
@@ -153,13 +170,18 @@ def train(
             raise
         metrics.update(measured, applied=applied)
 
-        ending = state.step == total_steps
-        saving = state.step % config.dump_interval == 0 or ending
-        evaluating = state.step % eval_interval == 0 or ending
-        state.evaluation_pending = evaluating and valid_batches is not None
+        saving = state.step % config.dump_interval == 0
+        evaluating = state.step % eval_interval == 0
         stopping = stop.agreed(
-            now=saving or state.evaluation_pending, ready=not checkpointer.is_writing
+            now=saving or evaluating or state.step >= horizon.total_steps,
+            ready=not checkpointer.is_writing,
+            seconds=horizon.seconds,
         )
+        if horizon.is_timed and stop.seconds is not None:
+            horizon.fit(state.step, stop.seconds)
+            follow_horizon()
+        ending = state.step >= horizon.total_steps
+        state.evaluation_pending = (evaluating or ending) and valid_batches is not None
         if state.step % config.log_interval == 0 or ending or stopping:
             metrics.log(state.step, engine_stats(objective))  # the loop's only sync
         with metrics.paused():
@@ -171,6 +193,7 @@ def train(
             is_last = ending or stopping or bool(health.collapsed)
             if saving or is_last:
                 succeeds(checkpointer.finish)
+                state.seconds = horizon.seconds
                 save = partial(checkpointer.save, state, objective.engines)
                 if is_last:
                     save()

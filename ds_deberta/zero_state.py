@@ -224,15 +224,20 @@ def _set_numbers(engine: Any, numbers: Mapping[str, Any]) -> None:
                 state[key] = type(state[key])(number)
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, numbers[name])
-    schedule, step = engine.lr_scheduler, numbers["schedule"]
+    set_schedule(engine, numbers["schedule"])
+    if numbers["loss_scaler"] and _loss_scaler(engine):  # else it is new: precision has changed
+        vars(engine.optimizer.loss_scaler).update(numbers["loss_scaler"])
+
+
+def set_schedule(engine: Any, step: int) -> None:
+    """Set an engine's learning rates to those that its schedule has after `step` updates."""
+    schedule = engine.lr_scheduler
     lrs = [
         b * factor(step) for b, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
     ]
     for group, lr in zip(schedule.optimizer.param_groups, lrs, strict=True):
         group["lr"] = lr
     schedule.last_epoch, schedule._step_count, schedule._last_lr = step, step + 1, lrs
-    if numbers["loss_scaler"] and _loss_scaler(engine):  # else it is new: precision has changed
-        vars(engine.optimizer.loss_scaler).update(numbers["loss_scaler"])
 
 
 def _loss_scaler(engine: Any) -> dict[str, float]:

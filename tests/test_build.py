@@ -14,6 +14,7 @@ from ds_deberta.build import (
     refuse_mixing,
 )
 from ds_deberta.config import PretrainConfig, parse
+from ds_deberta.horizon import Horizon
 from ds_deberta.model import load_model_config
 from ds_deberta.resolve import resolve
 from tests.launch import ROOT
@@ -28,7 +29,7 @@ def test_packed_documents_are_refused_for_a_model_with_a_convolution(packed_data
     run = run_of("xlarge-v2", packed_data_dir)
     message = "conv_kernel_size must be 0 for the packed documents of .* that of xlarge-v2 is 3"
     with pytest.raises(ValueError, match=message):
-        build_objective(run, tokenizer, torch.device("cpu"))
+        build_objective(run, tokenizer, torch.device("cpu"), Horizon(9))
 
 
 def test_compiling_is_refused_with_zero_3(data_dir, tokenizer):
@@ -36,7 +37,7 @@ def test_compiling_is_refused_with_zero_3(data_dir, tokenizer):
     zero3 = ROOT / "ds_configs/zero3_fp32.json"
     run = replace(run, model=replace(run.model, compile=True), deepspeed_config=zero3)
     with pytest.raises(ValueError, match="--compile does not go with ZeRO 3"):
-        build_objective(run, tokenizer, torch.device("cpu"))
+        build_objective(run, tokenizer, torch.device("cpu"), Horizon(9))
 
 
 def test_compiling_is_refused_on_a_cpu_without_a_compiler(data_dir, tokenizer, monkeypatch):
@@ -45,7 +46,7 @@ def test_compiling_is_refused_on_a_cpu_without_a_compiler(data_dir, tokenizer, m
     monkeypatch.setenv("CXX", "no-such-g++")
     message = r"--compile needs a C\+\+ compiler on a CPU; got none by the name of no-such-g\+\+"
     with pytest.raises(ValueError, match=message):
-        build_objective(run, tokenizer, torch.device("cpu"))
+        build_objective(run, tokenizer, torch.device("cpu"), Horizon(9))
 
 
 @pytest.mark.parametrize(

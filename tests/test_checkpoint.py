@@ -230,7 +230,12 @@ def test_files_follow_the_umask(tmp_path):
 def test_it_says_in_plain_json_what_it_holds(tmp_path):
     path = save(checkpointer(tmp_path), 10)
     found = json.loads((path / "checkpoint.json").read_text())
-    assert found["state"] == {"step": 10, "consumed_samples": 80, "evaluation_pending": False}
+    assert found["state"] == {
+        "step": 10,
+        "consumed_samples": 80,
+        "evaluation_pending": False,
+        "seconds": 0.0,
+    }
     assert found["numbers"] == {"generator": {"count": 10}, "discriminator": {"count": 10.5}}
     assert found["files"]["generator/weights-00000.safetensors"]["tensors"] == {
         "table": [5, 3],

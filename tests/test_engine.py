@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from ds_deberta.engine import Engine, _global_norm, initialize_engine
+from ds_deberta.horizon import Horizon
 from ds_deberta.optim import OptimConfig
 from tests.launch import ROOT, clean_environment
 
@@ -24,7 +25,7 @@ def test_a_parameter_can_not_end_up_in_two_engines(monkeypatch):
     second = nn.ModuleDict({"words": shared})
 
     def wrap(module: nn.Module) -> Engine:
-        return initialize_engine(module, {}, optim=OptimConfig(), lr=1e-3, total_steps=1)
+        return initialize_engine(module, {}, optim=OptimConfig(), lr=1e-3, horizon=Horizon(1))
 
     wrap(first)
     with pytest.raises(ValueError, match=r"words\.weight is a parameter of another engine"):
@@ -82,6 +83,7 @@ import torch
 from pathlib import Path
 from ds_deberta.distributed import initialize, shutdown
 from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.horizon import Horizon
 from ds_deberta.model import DebertaConfig, DebertaForMaskedLM
 from ds_deberta.optim import OptimConfig, build_optimizer
 
@@ -91,7 +93,7 @@ facts = dict(train_batch_size=2, micro_batch_size=2, hidden_size=16, lr=1e-3, op
 config = load_ds_config(Path("ds_configs/zero0_fp32.json"), DeepSpeedFacts(**facts))
 sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
 truth = DebertaForMaskedLM(DebertaConfig(**sizes)).eval()
-engine = initialize_engine(copy.deepcopy(truth), config, optim=optim, lr=1e-3, total_steps=9)
+engine = initialize_engine(copy.deepcopy(truth), config, optim=optim, lr=1e-3, horizon=Horizon(9))
 engine.module.eval()
 plain = build_optimizer(truth, optim, 1e-3)
 held = engine.module.table_gradient
@@ -132,13 +134,14 @@ import torch
 from pathlib import Path
 from ds_deberta.distributed import initialize, shutdown
 from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.horizon import Horizon
 from ds_deberta.optim import OptimConfig
 
 initialize(seed=0)
 optim = OptimConfig(learning_rate=1e-3)
 facts = dict(train_batch_size=1, micro_batch_size=1, hidden_size=8, lr=1e-3, optim=optim)
 config = load_ds_config(Path("ds_configs/zero0_fp32.json"), DeepSpeedFacts(**facts))
-engine = initialize_engine(torch.nn.Linear(8, 8), config, optim=optim, lr=1e-3, total_steps=9)
+engine = initialize_engine(torch.nn.Linear(8, 8), config, optim=optim, lr=1e-3, horizon=Horizon(9))
 engine.backward(engine(torch.ones(1, 8)).sum())
 engine.step()
 print(sorted({"torch._dynamo", "triton", "sympy"} & set(sys.modules)))
@@ -153,6 +156,7 @@ import torch
 from pathlib import Path
 from ds_deberta.distributed import initialize, shutdown
 from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.horizon import Horizon
 from ds_deberta.optim import OptimConfig
 
 initialize(seed=0)
@@ -160,7 +164,8 @@ optim = OptimConfig(learning_rate=1e-3)
 facts = dict(train_batch_size=1, micro_batch_size=1, hidden_size=8, lr=1e-3, optim=optim)
 for name in ("zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32"):
     config = load_ds_config(Path(f"ds_configs/{name}.json"), DeepSpeedFacts(**facts))
-    engine = initialize_engine(torch.nn.Linear(8, 8), config, optim=optim, lr=1e-3, total_steps=9)
+    module = torch.nn.Linear(8, 8)
+    engine = initialize_engine(module, config, optim=optim, lr=1e-3, horizon=Horizon(9))
     engine.backward(engine(torch.ones(1, 8)).sum())
     engine.step()
     loaded = set(sys.modules)

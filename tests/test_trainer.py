@@ -18,6 +18,7 @@ from ds_deberta import checkpoint, trainer
 from ds_deberta.checkpoint import SaveError, TrainState, read_description
 from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.health import TrainingLostError
+from ds_deberta.horizon import Horizon
 from ds_deberta.model_state import Share, read_shards, write_shares
 from ds_deberta.stop import StopRequest
 from ds_deberta.trainer import TrainConfig
@@ -37,12 +38,14 @@ class Training:
         self.saver = checkpointer(folder)
         self.lost_at: int | None = None
         self.valid_batches: list | None = []
+        self.horizon: Horizon | None = None
 
     def train(self, steps: int, **config: object) -> None:
         no_metrics = SimpleNamespace(
             waiting_for_data=contextlib.nullcontext,
             paused=contextlib.nullcontext,
             update=lambda *_, **__: None,
+            expect=lambda _: None,
             log=lambda *_: None,
             log_eval=lambda *_: None,
         )
@@ -55,9 +58,10 @@ class Training:
                 iter(lambda: [], None),
                 self.valid_batches,
                 self.state,
+                self.horizon or Horizon(steps),
                 self.saver,
                 no_metrics,
-                TrainConfig(num_training_steps=steps, dump_interval=DUMP, **config),
+                TrainConfig(dump_interval=DUMP, **config),
                 healthy,
                 stop,
                 Watchdog(self.folder, 0),
@@ -237,6 +241,42 @@ def test_a_training_without_held_out_rows_never_evaluates(tmp_path, monkeypatch)
     training.valid_batches = []
     training.train(5, eval_interval=1)
     assert len(evaluated) == 2
+
+
+def test_a_training_ends_with_its_minutes_and_counts_those_before_a_stop(tmp_path, monkeypatch):
+    """Each step takes a second of a clock that only steps move; the schedule follows."""
+    now = [0.0]
+    monkeypatch.setattr("ds_deberta.horizon.time", SimpleNamespace(monotonic=lambda: now[0]))
+    followed = []
+
+    def tick(training: Training, stop_at: int = 0) -> Callable[[], None]:
+        def act() -> None:
+            now[0] += 1
+            if training.engine.count == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+
+        return act
+
+    training = Training(tmp_path, {})
+    training.engine.follow_schedule = lambda: followed.append(training.horizon.total_steps)
+    training.at = dict.fromkeys(range(999), tick(training, stop_at=30))
+    training.horizon = Horizon(1000, max_minutes=1)
+    training.train(1000)
+    stopped_at = training.state.step
+    assert 30 <= stopped_at <= 41
+    assert training.state.seconds == stopped_at
+    assert followed[-1] == 60
+
+    again = Training(tmp_path, {})
+    again.engine.follow_schedule = lambda: followed.append(again.horizon.total_steps)
+    again.state = again.saver.resume({"model": again.engine})
+    again.at = dict.fromkeys(range(999), tick(again))
+    again.horizon = Horizon(1000, max_minutes=1)
+    again.horizon.resume(again.state.step, again.state.seconds)
+    assert again.horizon.total_steps == 60
+    again.train(1000)
+    assert again.state.step == 60 == again.saved()[-1]
 
 
 def test_training_waits_where_it_is_told_to(tmp_path, writer):

@@ -49,6 +49,10 @@ class Engine(Protocol):
         """learning_rate, grad_norm (before clipping) and the like, of the last update. Syncs."""
         ...
 
+    def follow_schedule(self) -> None:
+        """Set the learning rate of the next update again; the schedule has changed."""
+        ...
+
     def state(self) -> ModelState:
         """Weights, optimizer and schedule, for a checkpoint."""
         ...

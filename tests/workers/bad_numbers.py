@@ -23,6 +23,7 @@ from ds_deberta.data import load_tokenizer
 from ds_deberta.data.loader import build_train_batches
 from ds_deberta.distributed import initialize, is_main, rank, shutdown, world_size
 from ds_deberta.engine import DeepSpeedFacts, Engine, initialize_engine, load_ds_config
+from ds_deberta.horizon import Horizon
 from ds_deberta.kernels import HeadOutput
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.objectives.rtd import RTDObjective
@@ -52,7 +53,9 @@ def build(case: dict[str, str]) -> tuple[MLMObjective | RTDObjective, list]:
             optim=optim,
         )
         ds_config = load_ds_config(Path(case["config"]), facts)
-        engines[name] = initialize_engine(module, ds_config, optim=optim, lr=LR, total_steps=99)
+        engines[name] = initialize_engine(
+            module, ds_config, optim=optim, lr=LR, horizon=Horizon(99)
+        )
     steps = build_train_batches(
         data_dir=Path(case["data"]),
         tokenizer=tokenizer,

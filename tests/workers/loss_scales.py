@@ -15,6 +15,7 @@ from torch import nn
 
 from ds_deberta.distributed import initialize, is_main, rank, shutdown, world_size
 from ds_deberta.engine import DeepSpeedFacts, Engine, initialize_engine, load_ds_config
+from ds_deberta.horizon import Horizon
 from ds_deberta.model_state import WEIGHTS
 from ds_deberta.optim import OptimConfig
 from tests.cases import allow_fp16_on_cpus
@@ -44,7 +45,7 @@ def main() -> None:
         )
         model = nn.Linear(8, 8)
         config = load_ds_config(Path(path), facts)
-        engine = initialize_engine(model, config, optim=optim, lr=1e-3, total_steps=99)
+        engine = initialize_engine(model, config, optim=optim, lr=1e-3, horizon=Horizon(99))
         rows = torch.ones(1, 8, dtype=torch.float16)
         steps = []
         for phase, count in PHASES.items():

@@ -17,6 +17,7 @@ from ds_deberta.data import load_tokenizer
 from ds_deberta.data.loader import build_train_batches, build_valid_batches
 from ds_deberta.distributed import initialize, is_main, rank, shutdown, world_size
 from ds_deberta.engine import DeepSpeedFacts, initialize_engine, load_ds_config
+from ds_deberta.horizon import Horizon
 from ds_deberta.metrics import reduce_metrics
 from ds_deberta.model_state import gather_shares, write_shares
 from ds_deberta.objectives.mlm import MLMObjective
@@ -62,7 +63,7 @@ def main() -> None:
             )
             ds_config = load_ds_config(Path(case["config"]), facts)
             engines[name] = initialize_engine(
-                module, ds_config, optim=optim, lr=lr, total_steps=STEPS
+                module, ds_config, optim=optim, lr=lr, horizon=Horizon(STEPS)
             )
         objective = (
             MLMObjective(engines["model"])
