@@ -397,6 +397,19 @@ def describe_batch(run: PretrainConfig) -> str:
     return f"{world_size()} processes x {micro_batches} micro-batches x {rows} rows"
 
 
+def describe_length(run: PretrainConfig) -> str:
+    """How long the training is."""
+    steps, rows = (
+        run.train.num_training_steps,
+        Manifest.load(run.data.data_dir).splits["train"].rows,
+    )
+    epochs = steps * run.train.train_batch_size / rows
+    minutes = run.train.max_minutes
+    return f"{steps:,} steps, {epochs:,.2f} epochs over {rows:,} rows" + (
+        f"; or {minutes:g} minutes, if these end first" if minutes else ""
+    )
+
+
 def describe_evaluation(run: PretrainConfig) -> str:
     """What each evaluation reads."""
     evaluated, held_out = evaluated_rows(run)
@@ -419,6 +432,7 @@ def build_metrics(
         run.output_dir.mkdir(parents=True, exist_ok=True)
         _write_config(run, state.step)
     logger.info("configuration, also in %s:\n%s", run.output_dir / "config.json", run.to_json())
+    logger.info("the training: %s", describe_length(run))
     logger.info("each step: %s", describe_batch(run))
     logger.info("each evaluation: %s", describe_evaluation(run))
     metrics = MetricTracker(

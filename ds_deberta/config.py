@@ -158,6 +158,7 @@ class PretrainConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
+_LENGTHS = ("epochs", "num_training_steps")
 # Checked on the command line alone: a saved configuration holds every field.
 _RTD_ONLY = {"embedding_sharing", "rtd_lambda", "temperature", "discriminator_learning_rate"}
 
@@ -217,7 +218,8 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     config_file = args.pop("config")
     instead_of_run = {name: args.pop(name) for name in ("validate", "plan", "tokens_per_second")}
     try:
-        given = _read_config(config_file) | args if config_file else args
+        saved = _read_config(config_file) if config_file else {}
+        given = _with_one_length(saved, args) | args
         for name in ("objective", "model", "output_dir"):
             if name not in given:
                 raise ValueError(f"--{name} must be given (presets: {preset_names()})")
@@ -228,7 +230,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
                 raise ValueError(f"tokens_per_second must be positive, got {speed}")
         if given["objective"] == "mlm" and (lost := sorted(args.keys() & _RTD_ONLY)):
             raise ValueError(f"--{lost[0]} does not go with --objective mlm")
-        filled = recipe(given["objective"], given["model"]) | given
+        filled = _with_one_length(recipe(given["objective"], given["model"]), given) | given
         return Command(run=_build(PretrainConfig, filled), **instead_of_run)
     except ValueError as error:
         parser.exit(2, f"run_pretrain.py: {error}\n")
@@ -239,6 +241,18 @@ def _or_shipped(path: Path) -> Path:
     shipped = Path(__file__).parent.parent / path
     is_shipped = path.parts[:1] == ("ds_configs",) and shipped.is_file()
     return shipped if is_shipped and not path.exists() else path
+
+
+def _with_one_length(lower: dict[str, Any], higher: dict[str, Any]) -> dict[str, Any]:
+    """Settings that lose to others, without the length of the training if those give one.
+
+    Raises:
+        ValueError: those give two.
+    """
+    given = [name for name in _LENGTHS if higher.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} does not go with --{given[1]}; give one of them")
+    return {k: v for k, v in lower.items() if not given or k not in _LENGTHS}
 
 
 def preset_names() -> str:

@@ -609,6 +609,10 @@ def _lines_of_time(
         yield "Time: give --tokens_per_second, of all processes together."
     else:
         seconds = tokens / tokens_per_second
+        minutes = run.train.max_minutes
+        if minutes and 60 * minutes < seconds:
+            steps, seconds = int(60 * minutes * steps / seconds), 60 * minutes
+            yield f"It ends after {minutes:g} minutes (--max_minutes): {steps:,} steps."
         yield (
             f"Time: {seconds / 86400:,.1f} days, {seconds / 3600:,.1f} hours, at "
             f"{tokens_per_second:,.0f} tokens/s ({source})."

@@ -3,6 +3,7 @@
 And what is to be said of a run's settings before it starts: what they waste, or leave out.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ def resolve(run: PretrainConfig, *, needs_data: bool = True) -> PretrainConfig:
         needs_data: False for a plan, which without data counts with the preset's own values.
 
     Raises:
-        ValueError: the data are damaged.
+        ValueError: the data are damaged, or needed and not there.
         FileNotFoundError: there are none.
     """
     has_data = needs_data or (run.data.data_dir / MANIFEST_FILE).is_file()
@@ -28,6 +29,15 @@ def resolve(run: PretrainConfig, *, needs_data: bool = True) -> PretrainConfig:
     if run.data.max_seq_length is None:
         length = manifest.max_seq_length if manifest else planned_length(run.model.model)
         run = replace(run, data=replace(run.data, max_seq_length=length))
+    if run.train.epochs is not None:
+        if manifest is None:
+            raise ValueError(
+                f"--epochs counts the rows of the data, and there are none at {run.data.data_dir}. "
+                "Give --data_dir, or --num_training_steps instead."
+            )
+        samples = run.train.epochs * manifest.splits["train"].rows
+        steps = math.ceil(samples / run.train.train_batch_size)
+        run = replace(run, train=replace(run.train, num_training_steps=steps, epochs=None))
     return run
 
 

@@ -26,6 +26,8 @@ class TrainConfig:
 
     num_training_steps: int = 1_000_000
     """Optimizer steps of the whole training."""
+    epochs: float | None = None
+    """Train for so many passes over the training rows, in place of --num_training_steps."""
     max_minutes: float | None = None
     """End after so many minutes, or --num_training_steps if these come first: with an evaluation, a
     checkpoint and the export, which come on top. The learning-rate schedule is fitted: it ends when
@@ -58,8 +60,9 @@ class TrainConfig:
         for name in ("micro_batch_size", "eval_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
+        for name in ("epochs", "max_minutes"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         for name in ("keep_checkpoints", "eval_rows"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -87,6 +87,7 @@ def validate(as_parsed: PretrainConfig, place: Place) -> Iterator[tuple[bool, st
         lambda: _check_evaluation(in_this_process, tokenizer),
         needs="vocabulary, batch",
     )
+    yield checks.make("length", lambda: build.describe_length(run), needs="training rows")
     yield checks.make("checksums", lambda: _verify(run), needs="vocabulary")
     yield checks.make(
         "checkpoint to go on from",

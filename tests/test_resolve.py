@@ -2,6 +2,7 @@
 
 import pytest
 
+from ds_deberta.build import describe_length
 from ds_deberta.config import PretrainConfig, parse
 from ds_deberta.plan import plan
 from ds_deberta.resolve import describe_padding, describe_schedule, resolve, warnings_of
@@ -66,3 +67,45 @@ def test_a_preset_of_the_other_objective_is_said_to_lose_its_recipe(short_data_d
     (said,) = warnings_of(resolve(parse([*flags, "--model", "deberta-v3-base"])))
     assert "deberta-v3-base is a preset of --objective rtd" in said
     assert not list(warnings_of(resolve(parse([*flags, "--model", "deberta-base"]))))
+
+
+def test_epochs_are_turned_into_steps(short_data_dir, tmp_path):
+    """200 rows, by batches of 64; and what is saved says the steps."""
+    run = resolve(run_of(short_data_dir, "--epochs", "3"))
+    assert (run.train.num_training_steps, run.train.epochs) == (10, None)
+    assert "10 steps, 3.20 epochs over 200 rows" in describe_length(run)
+    saved = tmp_path / "config.json"
+    saved.write_text(run.to_json())
+    again = parse(["--config", str(saved), "--train_batch_size", "32"])
+    assert resolve(again).train.num_training_steps == 10
+    other = resolve(parse(["--config", str(saved), "--epochs", "0.5"]))
+    assert other.train.num_training_steps == 2
+    (tmp_path / "wish.json").write_text('{"epochs": 2}')
+    wish = run_of(short_data_dir, "--config", str(tmp_path / "wish.json"))
+    assert resolve(wish).train.num_training_steps == 7
+    steps = run_of(
+        short_data_dir, "--config", str(tmp_path / "wish.json"), "--num_training_steps", "5"
+    )
+    assert resolve(steps).train.num_training_steps == 5
+
+
+def test_two_lengths_are_refused(short_data_dir, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_of(short_data_dir, "--epochs", "3", "--num_training_steps", "5")
+    assert "--epochs does not go with --num_training_steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_of(short_data_dir, "--epochs", "0")
+    assert "epochs must be positive" in capsys.readouterr().err
+
+
+def test_a_plan_of_epochs_needs_the_data(tmp_path):
+    with pytest.raises(ValueError, match="--epochs counts the rows of the data"):
+        resolve(run_of(tmp_path / "none", "--epochs", "3"), needs_data=False)
+
+
+def test_a_plan_says_what_the_minutes_allow(short_data_dir):
+    """Steps of 64 x 24 tokens."""
+    run = resolve(run_of(short_data_dir, "--max_minutes", "2"))
+    assert "or 2 minutes, if these end first" in describe_length(run)
+    text = "\n".join(plan(run, "gpu", 15_360))
+    assert "ends after 2 minutes (--max_minutes): 1,200 steps" in text
