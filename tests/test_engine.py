@@ -32,6 +32,21 @@ def test_a_parameter_can_not_end_up_in_two_engines(monkeypatch):
         wrap(second)
 
 
+def test_an_engine_follows_a_schedule_that_changes():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0)
+    end = [10]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / end[0])
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    end[0] = 20
+    Engine(SimpleNamespace(lr_scheduler=schedule), clip=None).follow_schedule()
+    assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0] == 1.5
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1.4)
+
+
 def test_the_cpu_needs_no_shared_memory_op():
     """It would be built with g++ and leave 66 MiB per rank in /dev/shm; see engine.py."""
     if torch.cuda.is_available():

@@ -19,6 +19,7 @@ from ds_deberta.data import DebertaTokenizer
 from ds_deberta.hf import export_checkpoint
 from ds_deberta.model import DebertaForMaskedLM, DebertaForRTD, load_model_config
 from ds_deberta.warm_start import load_pretrained
+from tests.conftest import write_data
 from tests.launch import ROOT, clean_environment, free_port, left_in_shared_memory
 from tests.test_compatibility import write_public
 
@@ -271,3 +272,23 @@ def test_scripts_list_their_presets(script, preset, word):
     printed = run(f"./{script}", *([word] if word else []), status=2)
     assert preset in printed
     assert "M parameters" in printed
+
+
+@pytest.mark.distributed
+def test_a_run_without_held_out_rows_ends_with_its_minutes(vocab_file, tiny_model_file, tmp_path):
+    (tmp_path / "data").mkdir()
+    data = write_data(tmp_path / "data", vocab_file, valid_rows=0)
+    printed = run(
+        *(sys.executable, "run_pretrain.py"),
+        *flags(data, tiny_model_file, tmp_path / "run", "--objective", "rtd"),
+        *("--num_training_steps", "1000000", "--max_minutes", "0.03", "--dump_interval", "1000000"),
+        *("--deepspeed_config", "ds_configs/zero0_fp32.json"),
+    )
+    assert printed.count("has no held-out rows: this run does not evaluate") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in rows} == {"train"}
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    state = json.loads((checkpoint / "checkpoint.json").read_text())["state"]
+    assert state["step"] == rows[-1]["step"] < 1_000_000
+    assert state["seconds"] >= 60 * 0.03
+    assert (tmp_path / "run/export/discriminator/model.safetensors").is_file()
