@@ -23,6 +23,7 @@ from ds_deberta.config import Command, PretrainConfig, parse_command
 from ds_deberta.data import load_tokenizer
 from ds_deberta.data.sampler import SkippedSamples
 from ds_deberta.distributed import barrier, find_place, initialize, is_main, logger, shutdown
+from ds_deberta.exports import Exports
 from ds_deberta.health import TrainingLostError
 from ds_deberta.hf import update_export
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
@@ -100,6 +101,7 @@ def _pretrain(run: PretrainConfig, held: ExitStack) -> int:
                 health,
                 stop,
                 watchdog,
+                export=Exports(run.output_dir, run.train.export_interval).update,
                 seed=run.seed,
                 skipped=SkippedSamples(run.data.skip_samples),
                 tokenizer=tokenizer,

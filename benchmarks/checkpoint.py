@@ -137,6 +137,7 @@ class Bench:
                 Health(HealthConfig(), metrics, warmup_steps=NEVER),
                 stop,
                 Watchdog(output_dir, 0),
+                export=lambda _: None,
                 skipped=SkippedSamples(),
                 seed=0,
                 tokenizer=self._tokenizer,

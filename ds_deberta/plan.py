@@ -139,6 +139,13 @@ def checkpoint_bytes(shape: Shape) -> int:
     return 12 * sum(sum(parts.values()) for parts in count_parameters(shape).values())
 
 
+def exports_bytes(run: PretrainConfig, checkpoint: int) -> int:
+    """Bytes of all exports of a run, the last one and those on the way: weights in fp32."""
+    interval = run.train.export_interval
+    on_the_way = run.train.num_training_steps // interval if interval else 0
+    return checkpoint // 3 * (1 + on_the_way)
+
+
 def footprint(shape: Shape, ds_config: Mapping[str, Any], processes: int) -> Footprint:
     """Memory of one process out of `processes`, under a DeepSpeed configuration."""
     trace = trace_step(shape)
@@ -518,6 +525,9 @@ def _lines_of_size(
         f"{keep} are kept, room for {keep + 1}: {_gib((keep + 1) * size)}" if keep else "all kept"
     )
     yield f"\nVocabulary: {vocabulary:,} rows. A checkpoint: {_gib(size)}; {kept}."
+    all_exports = exports_bytes(run, size)
+    together = f"; all of them: {_gib(all_exports)}" if run.train.export_interval else ""
+    yield f"An export: {_gib(size / 3)}{together}."
     if run.train.save_in_background:
         copy = _gib(size / world_size())
         yield f"While it is written, each process holds a copy of its share in CPU memory: {copy}."

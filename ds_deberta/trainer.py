@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,9 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 3
     """How many checkpoints to keep, newest first; 0 keeps all."""
+    export_interval: int | None = None
+    """Optimizer steps between exports on the way, to <output_dir>/exports/step_*; a multiple of
+    --dump_interval. Default: only one at the end, to <output_dir>/export."""
     save_in_background: bool = True
     """Training goes on while a checkpoint is written, from a copy in CPU memory: 12 bytes per
     parameter, divided by the number of processes. false: it waits, as for the last one."""
@@ -57,9 +61,16 @@ class TrainConfig:
         for name in ("num_training_steps", "train_batch_size", "log_interval", "dump_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "eval_interval"):
+        for name in ("micro_batch_size", "eval_interval", "export_interval"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.export_interval and self.export_interval % self.dump_interval:
+            more = -(-self.export_interval // self.dump_interval) * self.dump_interval
+            raise ValueError(
+                "export_interval must be a multiple of dump_interval, because an export is made "
+                f"of a checkpoint; got {self.export_interval} and {self.dump_interval}. Try "
+                f"--export_interval {more}."
+            )
         for name in ("epochs", "max_minutes"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -103,6 +114,7 @@ def train(
     stop: StopRequest,
     watchdog: Watchdog,
     *,
+    export: Callable[[Path | None], None],
     skipped: SkippedSamples,
     seed: int,
     tokenizer: DebertaTokenizer,
@@ -110,6 +122,7 @@ def train(
 ) -> None:
     """Train until the horizon, logging, evaluating and saving on the way.
 
+    Each checkpoint that is complete, also the one resumed from, is handed to `export`.
     Ends earlier, with a checkpoint, if `stop` is agreed on. Dropout is a function of seed and step.
     Without `valid_batches` it does not evaluate.
     A checkpoint on the way is written in the background, and finished between two steps, once the
@@ -147,6 +160,16 @@ def train(
             watchdog.progress()
         return True
 
+    def finish() -> None:
+        succeeds(checkpointer.finish)
+        export_newest()
+
+    def export_newest() -> None:
+        watchdog.progress()
+        export(checkpointer.current)
+        watchdog.progress()
+
+    export_newest()
     horizon.start()
     if horizon.is_timed:
         follow_horizon()
@@ -169,7 +192,7 @@ def train(
         try:
             applied = health.check_step(state.step, objective.engines, measured, (first, last))
         except TrainingLostError:
-            succeeds(checkpointer.finish)
+            finish()
             raise
         metrics.update(measured, applied=applied)
 
@@ -189,22 +212,24 @@ def train(
             metrics.log(state.step, engine_stats(objective))  # the loop's only sync
         with metrics.paused():
             if stop.all_ready:
-                succeeds(checkpointer.finish)
+                finish()
             if state.evaluation_pending and not stopping:
                 evaluate_now()
                 stopping = stop.agreed(now=True)
             is_last = ending or stopping or bool(health.collapsed)
             if saving or is_last:
-                succeeds(checkpointer.finish)
+                finish()
                 state.seconds = horizon.seconds
                 save = partial(checkpointer.save, state, objective.engines)
                 if is_last:
                     save()
+                    export_newest()
                 elif succeeds(partial(save, in_background=config.save_in_background)):
                     stop.agreed(now=True)
             if health.collapsed:
                 raise TrainingLostError(f"step {state.step}, saved: {health.collapsed}")
     checkpointer.finish()  # of a stop just after a save
+    export_newest()
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
 from ds_deberta.distributed import Place, check_allocation, check_world_size, plan_world_size
 from ds_deberta.ds_remarks import remarks
 from ds_deberta.hf_tokenizer import build_fast_tokenizer
-from ds_deberta.plan import checkpoint_bytes, shape_of
+from ds_deberta.plan import checkpoint_bytes, exports_bytes, shape_of
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
 from ds_deberta.run_lock import check_no_run_in
 
@@ -172,9 +172,14 @@ def _check_disk(run: PretrainConfig, configs: Any, ds_configs: Any) -> str:
     size = checkpoint_bytes(shape_of(run, configs, ds_config, "cpu"))
     saves = -(-run.train.num_training_steps // run.train.dump_interval)
     keep = run.train.keep_checkpoints
-    there = run.output_dir / "checkpoints"
-    used = sum(file.stat().st_size for file in there.rglob("*") if file.is_file())
-    return check_disk(run.output_dir, needed=size * (keep + 1 if keep else saves) - used)
+    needed = size * (keep + 1 if keep else saves) + exports_bytes(run, size)
+    used = sum(
+        file.stat().st_size
+        for folder in ("checkpoints", "export", "exports")
+        for file in (run.output_dir / folder).rglob("*")
+        if file.is_file()
+    )
+    return check_disk(run.output_dir, needed=needed - used)
 
 
 def check_disk(folder: Path, *, needed: int) -> str:
@@ -182,9 +187,9 @@ def check_disk(folder: Path, *, needed: int) -> str:
     free = shutil.disk_usage(_nearest(folder)).free
     if free < needed:
         raise ValueError(
-            f"the checkpoints need {needed / 2**30:,.1f} GiB in {folder}, and {free / 2**30:,.1f} "
-            "GiB are free. Make room, give another --output_dir, or keep fewer "
-            "(--keep_checkpoints)."
+            f"checkpoints and exports need {needed / 2**30:,.1f} GiB in {folder}, and "
+            f"{free / 2**30:,.1f} GiB are free. Make room, give another --output_dir, or keep "
+            "fewer (--keep_checkpoints, --export_interval)."
         )
     return f"{free / 2**30:,.1f} GiB free, {max(0, needed) / 2**30:,.1f} GiB needed"
 

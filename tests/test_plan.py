@@ -116,6 +116,8 @@ def test_a_large_run_is_planned_without_gpu_and_data(tmp_path):
     text = "\n".join(plan(run, "gpu", None))
     assert "Memory of each of 32 processes on a GPU" in text
     assert "(this run)" in text
+    exporting = replace(run, train=replace(run.train, dump_interval=100, export_interval=1000))
+    assert "An export: 0.13 GiB; all of them: 0.38 GiB." in "\n".join(plan(exporting, "gpu", None))
     copied = "each process holds a copy of its share in CPU memory: 0.01 GiB"  # of 12 x 33.9 M / 32
     assert copied in text
     waiting = replace(run, train=replace(run.train, save_in_background=False))

@@ -54,7 +54,8 @@ def finished(
     """An RTD run through the deepspeed launcher, in bf16, while its default port is in use."""
     output_dir = tmp_path_factory.mktemp("runs") / "rtd"
     before = set(os.listdir("/dev/shm"))
-    arguments = flags(data_dir, tiny_model_file, output_dir, "--objective", "rtd")
+    more = ("--objective", "rtd", "--export_interval", "3")
+    arguments = flags(data_dir, tiny_model_file, output_dir, *more)
     with socket.socket() as other:
         with contextlib.suppress(OSError):  # somebody else's already
             other.bind(("127.0.0.1", 29500))
@@ -164,6 +165,16 @@ def test_a_checkpoint_exports_after_the_fact_to_the_same_weights(finished, tmp_p
         expected = load_file(output_dir / "export" / name / "model.safetensors")
         got = load_file(tmp_path / "out" / name / "model.safetensors")
         assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@pytest.mark.distributed
+def test_a_run_exports_on_the_way(finished):
+    exports = finished[0] / "exports"
+    names = ["step_0000003", "step_0000006"]
+    assert sorted(folder.name for folder in exports.iterdir()) == names
+    weights = [exports / name / "discriminator/model.safetensors" for name in names]
+    last = finished[0] / "export/discriminator/model.safetensors"
+    assert weights[1].read_bytes() == last.read_bytes() != weights[0].read_bytes()
 
 
 @pytest.mark.distributed

@@ -39,6 +39,7 @@ class Training:
         self.lost_at: int | None = None
         self.valid_batches: list | None = []
         self.horizon: Horizon | None = None
+        self.exported: list[Path | None] = []
 
     def train(self, steps: int, **config: object) -> None:
         no_metrics = SimpleNamespace(
@@ -65,6 +66,7 @@ class Training:
                 healthy,
                 stop,
                 Watchdog(self.folder, 0),
+                export=self.exported.append,
                 skipped=SkippedSamples(),
                 seed=0,
                 tokenizer=SimpleNamespace(special=SimpleNamespace(pad=0), num_tokens=0),
@@ -241,6 +243,18 @@ def test_a_training_without_held_out_rows_never_evaluates(tmp_path, monkeypatch)
     training.valid_batches = []
     training.train(5, eval_interval=1)
     assert len(evaluated) == 2
+
+
+def test_each_checkpoint_is_offered_for_export_once_it_is_whole(tmp_path, writer):
+    writer.gate.set()
+    training = Training(tmp_path, {})
+    training.train(3 * DUMP + 5)
+    offered = [path.name for path in dict.fromkeys(training.exported) if path]
+    assert offered == [f"step_{step:07d}" for step in (DUMP, 2 * DUMP, 3 * DUMP, 3 * DUMP + 5)]
+    again = Training(tmp_path, {})
+    again.state = again.saver.resume({"model": again.engine})
+    again.train(3 * DUMP + 5)
+    assert {path.name for path in again.exported if path} == {f"step_{3 * DUMP + 5:07d}"}
 
 
 def test_a_training_ends_with_its_minutes_and_counts_those_before_a_stop(tmp_path, monkeypatch):
