@@ -406,7 +406,9 @@ def describe_length(run: PretrainConfig) -> str:
     epochs = steps * run.train.train_batch_size / rows
     minutes = run.train.max_minutes
     return f"{steps:,} steps, {epochs:,.2f} epochs over {rows:,} rows" + (
-        f"; or {minutes:g} minutes, if these end first" if minutes else ""
+        f"; or {minutes:g} minutes, if these end first, with a schedule that fits"
+        if minutes
+        else ""
     )
 
 

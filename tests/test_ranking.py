@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ds_deberta import ranking
 from ds_deberta.ranking import Ranking
+from tests.objectives.test_host_sync import NoReading, NoSync
 
 PROMISED = 1e-3
 TOKENS, BATCHES = 40_000, 8  # five times as many as the sample, in tests
@@ -75,10 +76,13 @@ def test_few_scores_are_ranked_exactly():
 
 
 def test_what_is_kept_does_not_grow_with_the_tokens(monkeypatch):
+    """And no batch waits for the device."""
     monkeypatch.setattr(ranking, "SAMPLE", 1000)
     found, sizes = Ranking(), []
     for _ in range(4):
-        found.add((normal(), normal() > 0, normal() > -1))
+        scores = normal(), normal() > 0, normal() > -1
+        with NoReading(), NoSync():
+            found.add(scores)
         sizes.append(sum(x.nbytes for x in vars(found).values() if isinstance(x, Tensor)))
         assert not found._kept
     assert len(set(sizes)) == 1
