@@ -26,7 +26,7 @@ from ds_deberta.distributed import barrier, find_place, initialize, is_main, log
 from ds_deberta.exports import Exports
 from ds_deberta.health import TrainingLostError
 from ds_deberta.hf import update_export
-from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.hf_tokenizer import read_vocabulary
 from ds_deberta.horizon import Horizon
 from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.plan import plan
@@ -67,9 +67,7 @@ def _pretrain(run: PretrainConfig, held: ExitStack) -> int:
             logger.warning(warning)
         logger.info(describe_schedule(run))
         tokenizer = load_tokenizer(run.data.data_dir)
-        build_fast_tokenizer(
-            tokenizer.vocab_file
-        )  # or else the run could end with nothing to export
+        read_vocabulary(tokenizer.vocab_file)  # or the run could end with nothing to export
         horizon = Horizon(run.train.num_training_steps, run.train.max_minutes)
         objective = build.build_objective(run, tokenizer, device, horizon)
         checkpointer = build.build_checkpointer(run, tokenizer)

@@ -5,10 +5,7 @@ Text gets other ids than DebertaTokenizer's in three cases:
 - It spells a special token ("[MASK]"), which users of Hugging Face expect to become that token.
   With split_special_tokens=True it does not, and the ids are ours (but for one more [UNK] where
   the vocabulary knows neither bracket nor letters).
-- Hugging Face's Precompiled normalizer does not, as sentencepiece, take the longest match
-  (huggingface/tokenizers#2116). It loses combining marks and joiners, or leaves them apart: two on
-  a letter (Vietnamese in NFD), one on a compatibility character, decomposed Hangul, half-width
-  voiced kana. Other text in NFC is safe.
+- It has U+FFF0 or U+FFF1, which have no meaning in Unicode: the exported tokenizer removes them.
 - Two ways to cut a word score almost alike: sentencepiece sums in fp32 along the whole text, so
   that far into a long text rounding decides.
 """
@@ -24,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import Unigram
 
 from ds_deberta.data import DebertaTokenizer
+from ds_deberta.hf_normalizer import build_normalizer
 
 SPECIAL_TOKENS = {
     f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk", "mask")
@@ -52,13 +50,13 @@ def write_tokenizer(vocab_file: Path, folder: Path, *, max_length: int) -> None:
 def build_fast_tokenizer(vocab_file: Path) -> Tokenizer:
     """Build the twin of a vocabulary: [CLS], the ids of DebertaTokenizer, [SEP]."""
     special = DebertaTokenizer(vocab_file).special
-    model = _read_vocabulary(vocab_file)
+    model = read_vocabulary(vocab_file)
     trainer, charsmap = model.trainer_spec, model.normalizer_spec.precompiled_charsmap
     scores = [(piece.piece, piece.score) for piece in model.pieces]
     tokenizer = Tokenizer(Unigram(scores, trainer.unk_id, trainer.byte_fallback))
     tokenizer.normalizer = normalizers.Sequence(
         [
-            *([normalizers.Precompiled(charsmap)] if charsmap else []),
+            *([build_normalizer(charsmap)] if charsmap else []),
             normalizers.Replace(Regex(" {2,}"), " "),
             normalizers.Replace(Regex(rf"\A |[ {WORD_START}]+\z"), ""),
             normalizers.Prepend(WORD_START),  # not to an empty text
@@ -85,8 +83,12 @@ def build_fast_tokenizer(vocab_file: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_vocabulary(vocab_file: Path) -> Any:
-    """Read a sentencepiece model and check what the twin relies on: its trainer's defaults."""
+def read_vocabulary(vocab_file: Path) -> Any:
+    """Read a sentencepiece model and check what the twin relies on: its trainer's defaults.
+
+    Raises:
+        ValueError: the vocabulary has no equal in Hugging Face.
+    """
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(vocab_file.read_bytes())
     normalizer, trainer = model.normalizer_spec, model.trainer_spec

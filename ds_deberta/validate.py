@@ -25,7 +25,7 @@ from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
 from ds_deberta.distributed import Place, check_allocation, check_world_size, plan_world_size
 from ds_deberta.ds_remarks import remarks
-from ds_deberta.hf_tokenizer import build_fast_tokenizer
+from ds_deberta.hf_tokenizer import read_vocabulary
 from ds_deberta.plan import checkpoint_bytes, exports_bytes, shape_of
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
 from ds_deberta.run_lock import check_no_run_in
@@ -129,7 +129,7 @@ _FAILED = object()
 
 def _load_vocabulary(run: PretrainConfig) -> Any:
     tokenizer = load_tokenizer(run.data.data_dir)
-    build_fast_tokenizer(tokenizer.vocab_file)
+    read_vocabulary(tokenizer.vocab_file)
     return tokenizer
 
 
