@@ -39,6 +39,7 @@ from restart import VOCAB_FILE, begin, locked, save_progress
 from rows import RowWriter
 from sources import DOCUMENTS, kind_of
 
+from ds_deberta.data.added_words import check_added_words
 from ds_deberta.data.shards import (
     FORMAT_VERSION,
     ROWS_PER_SHARD,
@@ -46,6 +47,7 @@ from ds_deberta.data.shards import (
     TokenizerInfo,
 )
 from ds_deberta.data.tokenizer import DebertaTokenizer
+from ds_deberta.hf_tokenizer import read_vocabulary
 
 MIN_VALID_ROWS_PER_SHARD = 256
 
@@ -119,6 +121,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def prepare(args: argparse.Namespace) -> None:
     """Make the data folder, or what is missing of it."""
     tokenizer = DebertaTokenizer(args.vocab)
+    read_vocabulary(args.vocab)  # a training would refuse what this refuses
+    check_added_words(args.vocab, tokenizer)
     separator = (tokenizer.special.sep, tokenizer.special.cls) if args.pack_documents else None
     inputs = find_inputs(args)
     settings = describe(args, inputs, tokenizer)

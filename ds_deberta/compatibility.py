@@ -5,11 +5,12 @@ All of it is settled by configs, shapes and vocabularies, before any weight is r
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ds_deberta.data import DebertaTokenizer
+from ds_deberta.data import DebertaTokenizer, check_added_words
 from ds_deberta.distributed import logger
 from ds_deberta.model import DebertaConfig, generator_config
 from ds_deberta.weights import ADVICE, Role, Source, public_names, read_weights, sizes
@@ -141,12 +142,9 @@ def check_vocabulary(source: Source, config: DebertaConfig, tokenizer: DebertaTo
                 "prepared with its vocabulary, place that spm.model beside the weights."
             )
         return
+    pieces = tokenizer.pieces(range(tokenizer.num_tokens))
     for i, (ours, theirs) in enumerate(
-        zip(
-            tokenizer.pieces(range(tokenizer.num_tokens)),
-            _pieces(source.vocab_file, tokenizer),
-            strict=False,
-        )
+        zip_longest(pieces, _pieces(source.vocab_file), fillvalue=None)
     ):
         if ours != theirs:
             raise ValueError(
@@ -154,6 +152,7 @@ def check_vocabulary(source: Source, config: DebertaConfig, tokenizer: DebertaTo
                 f"and {theirs!r} in {source.vocab_file}. Prepare the data with the vocabulary of "
                 "these weights (--vocab)."
             )
+    check_added_words(source.vocab_file, tokenizer)
 
 
 def _check_facts(source: Source, found: DebertaConfig, model: DebertaConfig) -> None:
@@ -168,13 +167,10 @@ def _check_facts(source: Source, found: DebertaConfig, model: DebertaConfig) -> 
         )
 
 
-def _pieces(vocab_file: Path, tokenizer: DebertaTokenizer) -> list[str | None]:
+def _pieces(vocab_file: Path) -> list[str | None]:
     if vocab_file.suffix == ".json":
         by_piece = Tokenizer.from_file(str(vocab_file)).get_vocab()
-        by_id = {i: piece for piece, i in by_piece.items()}
-        return [by_id.get(i) for i in range(tokenizer.num_tokens)]
+        by_id: dict[int, str] = {i: piece for piece, i in by_piece.items()}
+        return [by_id.get(i) for i in range(1 + max(by_id))]
     theirs = DebertaTokenizer(vocab_file)
-    if theirs.sha256 == tokenizer.sha256:
-        return []
-    pieces: list[str | None] = [*theirs.pieces(range(theirs.num_tokens))]
-    return pieces + [None] * (tokenizer.num_tokens - theirs.num_tokens)
+    return [*theirs.pieces(range(theirs.num_tokens))]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from ds_deberta.compatibility import fit_configs
 from ds_deberta.hf import export_parts
@@ -121,3 +122,25 @@ def test_a_tokenizer_json_tells_a_vocabulary_too(
     file.write_text(file.read_text().replace('"[MASK]"', '"[MISC]"'))
     with pytest.raises(ValueError, match=r"id 300 is '\[MASK\]' in .* and '\[MISC\]' in"):
         fit_configs(config, source, tokenizer, takes_sizes=False)
+
+
+def test_words_added_to_the_tokenizer_of_the_weights_are_not_lost(
+    tiny_config: DebertaConfig, vocab_file: Path, tokenizer, tmp_path: Path
+):
+    def fit(folder: Path) -> None:
+        source = {"discriminator": find_source(folder, "discriminator")}
+        fit_configs({"discriminator": tiny_config}, source, tokenizer, takes_sizes=False)
+
+    weights = {"discriminator": build(tiny_config, "nes")["discriminator"].state_dict()}
+    configs = {"discriminator": tiny_config}
+    [folder] = export_parts(weights, configs, "nes", vocab_file, tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(folder)  # with the special tokens as added ones
+    fit(folder)
+    theirs.add_tokens(["kubernetes"])
+    theirs.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"adds 'kubernetes' \(id 301\)"):
+        fit(folder)
+    (folder / "spm.model").unlink()
+    with pytest.raises(ValueError, match=r"id 301 is None in .* and 'kubernetes' in"):
+        fit(folder)

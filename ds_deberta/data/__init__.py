@@ -3,6 +3,7 @@
 Here is what needs no torch, for the data tools; batches of tensors come from `data.loader`.
 """
 
+from ds_deberta.data.added_words import check_added_words
 from ds_deberta.data.masking import NGramMasker
 from ds_deberta.data.sampler import ResumableSampler, permute
 from ds_deberta.data.shards import (
@@ -32,6 +33,7 @@ __all__ = [
     "SpecialTokens",
     "SplitInfo",
     "TokenizerInfo",
+    "check_added_words",
     "find_damage",
     "load_tokenizer",
     "permute",

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from encoding import AHEAD, Chunk, _load_processor, choose_split, encode_chunks, encode_records
 from restart import locked
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from sources import PIECE, Record, read_records
 from train_tokenizer import train_tokenizer
 
@@ -583,3 +583,37 @@ def test_validation_gets_its_share_of_any_hundred_documents(fraction: float):
     assert other != [
         choose_split(("train", "valid"), (0, n), seed=5, fraction=0.3) for n in range(1000)
     ]
+
+
+def test_a_vocabulary_that_a_run_would_refuse_is_refused_before_the_corpus_is_read(
+    prepare, vocab_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    def refused(vocab: Path) -> str:
+        assert prepare("-i", tmp_path / "not_read.txt", "-o", tmp_path / "out", vocab=vocab) == 2
+        return capsys.readouterr().err
+
+    lacking = tmp_path / "words.model"
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(vocab_file.read_bytes())
+    model.pieces[100].type = model.pieces[100].USER_DEFINED
+    lacking.write_bytes(model.SerializeToString())
+    assert "must be a unigram vocabulary" in refused(lacking)
+
+    vocab = tmp_path / "spm.model"
+    vocab.write_bytes(vocab_file.read_bytes())
+    added = tmp_path / "added_tokens.json"
+    for words, message in (
+        ({"[MASK]": 300}, "not_read.txt"),  # as Hugging Face writes it
+        ({"[MASK]": 300, "kubernetes": 301}, "adds 'kubernetes' (id 301)"),
+        ({"kubernetes": "first"}, "as Hugging Face writes them"),
+    ):
+        added.write_text(json.dumps(words))
+        assert message in refused(vocab)
+    added.unlink()
+    for name, words in (
+        ("tokenizer.json", {"added_tokens": [{"id": 301, "content": "kubernetes"}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"301": {"content": "kubernetes"}}}),
+    ):
+        (tmp_path / name).write_text(json.dumps(words))
+        assert f"{name} adds 'kubernetes' (id 301)" in refused(vocab)
+        (tmp_path / name).unlink()
