@@ -28,6 +28,7 @@ from ds_deberta.health import TrainingLostError
 from ds_deberta.hf import update_export
 from ds_deberta.hf_tokenizer import read_vocabulary
 from ds_deberta.horizon import Horizon
+from ds_deberta.hub import check_push, push_export
 from ds_deberta.leftovers import own_temporary_folder
 from ds_deberta.plan import plan
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
@@ -63,6 +64,8 @@ def _pretrain(run: PretrainConfig, held: ExitStack) -> int:
         lock = only_run_in(run.output_dir)
         on_all_ranks(lambda: held.enter_context(lock) if is_main() else None)
         check_data(run.data.data_dir)
+        if run.push_to_hub:
+            on_all_ranks(partial(_check_push, run.push_to_hub))
         for warning in warnings_of(run):
             logger.warning(warning)
         logger.info(describe_schedule(run))
@@ -139,9 +142,21 @@ def export(run: PretrainConfig, checkpoint: Path) -> int:
         return 1
     if is_new:
         logger.info("exported %s", checkpoint)
+    if run.push_to_hub and is_main():
+        try:
+            for address in push_export(folder, run.push_to_hub):
+                logger.info("pushed to %s", address)
+        except ValueError as error:
+            sys.stderr.write(f"run_pretrain.py: {error}\n")
+            return 1
     logger.info("the models, for transformers' AutoModel: %s", folder)
     logger.info("the curves: tensorboard --logdir %s", run.output_dir / "tensorboard")
     return 0
+
+
+def _check_push(name: str) -> None:
+    if is_main():
+        check_push(name)
 
 
 def look_ahead(command: Command) -> int:

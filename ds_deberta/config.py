@@ -118,6 +118,9 @@ class PretrainConfig:
     train_batch_size, ...; other data are read from their first row on."""
     expect_world_size: int | None = None
     """Refuse to start with another number of processes."""
+    push_to_hub: str | None = None
+    """Upload the models at the end to the Hugging Face hub, as NAME or OWNER/NAME (the generator as
+    NAME-generator); new repositories are private. Needs a network and a token."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig
     rtd: RTDConfig = field(default_factory=RTDConfig)

@@ -5,6 +5,7 @@
         config.json, model.safetensors   the whole model in fp32, under our names: the public ones
         modeling_ds_deberta.py           classes for what transformers lacks (trust_remote_code)
         tokenizer.json, tokenizer_config.json, spm.model   the vocabulary, for AutoTokenizer
+        README.md                        the model card
 
 transformers' DebertaV2ForMaskedLM has our names for the head of masked language models if the
 config says `legacy: false`. It has no class for the enhanced mask decoder and for a discriminator's
@@ -27,6 +28,7 @@ from ds_deberta.checkpoint import check_files, read_description
 from ds_deberta.distributed import logger
 from ds_deberta.hf_tokenizer import write_tokenizer
 from ds_deberta.model import DebertaConfig, EmbeddingSharing
+from ds_deberta.model_card import model_card
 from ds_deberta.model_state import Share, write_shares
 from ds_deberta.weights import POSITIONS, WORDS, Stored, find_source, open_weights
 
@@ -101,6 +103,9 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> list[Path]:
     weights = {name: open_weights(source) for name, source in sources.items()}
     sharing = description["embedding_sharing"]
     folders = export_parts(weights, configs, sharing, checkpoint / "spm.model", out_dir)
+    for folder in folders:
+        card = model_card(folder.name, checkpoint, description)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     text = json.dumps(_record(checkpoint, description), indent=2) + "\n"
     (out_dir / RECORD).write_text(text)
     return folders

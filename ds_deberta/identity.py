@@ -14,7 +14,10 @@ from ds_deberta.config import PretrainConfig
 from ds_deberta.data import Manifest
 
 _SCHEDULE = ("warmup", "lr_schedule", "decay_fraction", "lr_end")  # fitted to a longer training
-_OF_ONE_START = ("output_dir", "deepspeed_config", "resume", "accept_changes", "expect_world_size")
+_OF_ONE_START = (
+    *("output_dir", "deepspeed_config", "resume", "accept_changes", "expect_world_size"),
+    "push_to_hub",
+)
 # Of a DeepSpeed configuration: what follows from the number of processes, or is in the identity.
 _NOT_LISTED = (
     "train_batch_size",

@@ -26,6 +26,7 @@ from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
 from ds_deberta.distributed import Place, check_allocation, check_world_size, plan_world_size
 from ds_deberta.ds_remarks import remarks
 from ds_deberta.hf_tokenizer import read_vocabulary
+from ds_deberta.hub import check_push
 from ds_deberta.plan import checkpoint_bytes, exports_bytes, shape_of
 from ds_deberta.resolve import describe_schedule, resolve, warnings_of
 from ds_deberta.run_lock import check_no_run_in
@@ -94,6 +95,8 @@ def validate(as_parsed: PretrainConfig, place: Place) -> Iterator[tuple[bool, st
         lambda: build.build_checkpointer(run, tokenizer).check(),
         needs="DeepSpeed, attention",
     )
+    if name := run.push_to_hub:
+        yield checks.make("hub", lambda: check_push(name))
     yield checks.make("output folder", lambda: _check_output_dir(run.output_dir))
     yield checks.make(
         "disk space",
