@@ -2,14 +2,15 @@
 
     OUT/export.json              which checkpoint the models are of
     OUT/generator/ OUT/discriminator/ (or OUT/model/), each with
-        config.json, model.safetensors   the whole model in fp32, under our names: the public ones
+        config.json, model.safetensors   the whole model in fp32, under public names: ours, but for
+                                         a masked language model's head (see `_HEAD`)
+        heads.safetensors                that head under our names, for readers of those
         modeling_ds_deberta.py           classes for what transformers lacks (trust_remote_code)
         tokenizer.json, tokenizer_config.json, spm.model   the vocabulary, for AutoTokenizer
         README.md                        the model card
 
-transformers' DebertaV2ForMaskedLM has our names for the head of masked language models if the
-config says `legacy: false`. It has no class for the enhanced mask decoder and for a discriminator's
-head; without remote code it passes over their weights. The way in: weights.py.
+transformers has no class for the enhanced mask decoder and for a discriminator's head. Without
+remote code it passes over their weights. The way in: weights.py.
 """
 
 import argparse
@@ -30,9 +31,18 @@ from ds_deberta.hf_tokenizer import write_tokenizer
 from ds_deberta.model import DebertaConfig, EmbeddingSharing
 from ds_deberta.model_card import model_card
 from ds_deberta.model_state import Share, write_shares
-from ds_deberta.weights import POSITIONS, WORDS, Stored, find_source, open_weights
+from ds_deberta.weights import HEADS_FILE, POSITIONS, WORDS, Stored, find_source, open_weights
 
 RECORD = "export.json"
+_HEAD = {
+    "lm_predictions.lm_head.dense.": "cls.predictions.transform.dense.",
+    "lm_predictions.lm_head.LayerNorm.": "cls.predictions.transform.LayerNorm.",
+    "lm_predictions.lm_head.bias": "cls.predictions.bias",
+}
+"""Our names of a masked language model's head -> those that every version of transformers has.
+
+With `legacy: false` it has ours too, but versions up to 5.17 at least cannot load that.
+"""
 _CODE = Path(__file__).with_name("modeling_ds_deberta.py")
 
 
@@ -203,7 +213,7 @@ def describe(names: Iterable[str], config: DebertaConfig) -> dict[str, Any]:
     }
     heads = {name.split(".")[0] for name in names}
     if "lm_predictions" in heads:
-        facts |= {"architectures": ["DebertaV2ForMaskedLM"], "legacy": False}
+        facts |= {"architectures": ["DebertaV2ForMaskedLM"], "legacy": True}
         if not config.position_biased_input:
             facts["auto_map"] = {
                 "AutoModelForMaskedLM": f"{_CODE.stem}.DebertaV2ForEnhancedMaskedLM"
@@ -218,9 +228,16 @@ def describe(names: Iterable[str], config: DebertaConfig) -> dict[str, Any]:
 def _write_weights(weights: Mapping[str, Stored | Tensor], folder: Path) -> None:
     """Write one tensor after the other, always in the same order."""
     stored = {name: Stored.of(weights[name]) for name in sorted(weights)}
-    shapes = {name: weight.shape for name, weight in stored.items()}
-    tensors = (weight.read() for weight in stored.values())
-    write_shares([Share("model.safetensors", shapes, tensors)], folder)
+    head = {name: weight for name, weight in stored.items() if name.startswith(tuple(_HEAD))}
+    whole = {_public_name(name): weight for name, weight in stored.items()}
+    for file, tensors in (("model.safetensors", whole), (HEADS_FILE, head)):
+        shapes = {name: weight.shape for name, weight in tensors.items()}
+        write_shares([Share(file, shapes, (each.read() for each in tensors.values()))], folder)
+
+
+def _public_name(name: str) -> str:
+    ours = next((prefix for prefix in _HEAD if name.startswith(prefix)), "")
+    return _HEAD.get(ours, "") + name.removeprefix(ours)
 
 
 def main() -> None:

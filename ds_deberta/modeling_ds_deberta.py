@@ -32,9 +32,6 @@ class DebertaV2ForEnhancedMaskedLM(DebertaV2ForMaskedLM):
         table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.deberta.embeddings.position_embeddings = table  # unused by the input of this model
 
-    def get_output_embeddings(self) -> None:
-        """Return None: the head multiplies with the input embeddings themselves."""
-
     def forward(
         self,
         input_ids: Tensor | None = None,  # [B, L]
@@ -59,9 +56,7 @@ class DebertaV2ForEnhancedMaskedLM(DebertaV2ForMaskedLM):
             return_dict=True,
         )
         hidden = outputs.hidden_states[-2]  # [B, L, E]
-        states = self._decode(hidden, attention_mask, position_ids)
-        words = self.deberta.embeddings.word_embeddings
-        logits = self.lm_predictions(states, words)  # [B, L, V]
+        logits = self.cls(self._decode(hidden, attention_mask, position_ids))  # [B, L, V]
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

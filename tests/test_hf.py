@@ -35,11 +35,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "position-biased": {"position_biased_input": True},
     "v2": {"conv_kernel_size": 3, "conv_act": "gelu", "share_att_key": False},
 }
-HEADS = {
-    "model": "lm_predictions",
-    "generator": "lm_predictions",
-    "discriminator": "mask_predictions",
-}
+HEADS = {"model": "cls", "generator": "cls", "discriminator": "mask_predictions"}
 
 
 def build(config: DebertaConfig, sharing: EmbeddingSharing | None) -> Models:
@@ -176,15 +172,11 @@ def test_without_remote_code_the_plain_classes_load_and_ask_nothing(exported: Pa
     )
     assert type(theirs).__module__.startswith("transformers.models.deberta_v2")
     assert not any(info.values()), info
-    head = load_file(exported / "generator/model.safetensors")
-    assert_equal(
-        theirs.lm_predictions.state_dict(),
-        {
-            name.removeprefix("lm_predictions."): weight
-            for name, weight in head.items()
-            if name.startswith("lm_predictions.")
-        },
-    )
+    ours = load_file(exported / "generator/heads.safetensors")
+    head = theirs.cls.predictions
+    assert torch.equal(head.transform.dense.weight, ours["lm_predictions.lm_head.dense.weight"])
+    assert torch.equal(head.decoder.bias, ours["lm_predictions.lm_head.bias"])
+    assert head.decoder.weight is theirs.deberta.embeddings.word_embeddings.weight
     theirs, info = AutoModelForSequenceClassification.from_pretrained(
         exported / "discriminator", output_loading_info=True
     )
@@ -215,34 +207,41 @@ def test_what_transformers_saves_again_keeps_head_and_code(
     assert DebertaConfig.from_dict(saved).to_dict() == tiny_config.to_dict()
 
 
-def test_an_export_holds_everything_once_in_fp32_under_public_names(exported: Path, tiny_config):
+def test_an_export_holds_the_whole_model_in_fp32_under_public_names(exported: Path, tiny_config):
     for name in ("generator", "discriminator"):
         folder = exported / name
         values = json.loads((folder / "config.json").read_text())
         assert DebertaConfig.from_dict(values).to_dict() == tiny_config.to_dict()
-        assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
         weights = load_file(folder / "model.safetensors")
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
         assert {name.split(".")[0] for name in weights} == {"deberta", HEADS[name]}
         assert (POSITIONS in weights) == (name == "generator")
         assert not [name for name in weights if "_weight" in name]
         assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+    assert not (exported / "discriminator/heads.safetensors").exists()
+    heads = load_file(exported / "generator/heads.safetensors")
+    own = DebertaForMaskedLM(tiny_config).state_dict()
+    assert heads.keys() == {name for name in own if name.startswith("lm_predictions.")}
 
 
 def test_an_export_with_its_heads_in_a_file_of_their_own_still_loads(
     exported: Path, tiny_config: DebertaConfig, tmp_path: Path
 ):
-    """So versions before this one wrote them."""
+    """So versions before this one wrote them, and no head beside the encoder."""
     for name, model in (
         ("generator", DebertaForMaskedLM(tiny_config)),
         ("discriminator", DebertaForRTD(tiny_config)),
     ):
-        weights = load_file(exported / name / "model.safetensors")
-        heads = {n: w for n, w in weights.items() if n.startswith(HEADS[name]) or n == POSITIONS}
+        load_pretrained(model, exported / name)
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        heads = {n: w for n, w in weights.items() if "predictions" in n or n == POSITIONS}
         (tmp_path / name).mkdir()
         save_file(heads, tmp_path / name / "heads.safetensors")
         rest = {n: w for n, w in weights.items() if n not in heads}
         save_file(rest, tmp_path / name / "model.safetensors")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
         report = load_pretrained(model, tmp_path / name)
         assert (report.fresh, report.unused) == ({}, {})
         assert_equal(model.state_dict(), weights)
