@@ -136,8 +136,8 @@ def export(run: PretrainConfig, checkpoint: Path) -> int:
     except ValueError as error:
         if is_main():
             sys.stderr.write(
-                f"run_pretrain.py: {checkpoint} could not be exported: {error}. The checkpoint is "
-                "kept. Remove the cause; the same command then exports it.\n"
+                f"run_pretrain.py: {checkpoint} could not be exported to {folder}: {error}. The "
+                "checkpoint is kept. Remove the cause; the same command then exports it.\n"
             )
         return 1
     if is_new:
