@@ -158,7 +158,9 @@ def _find_replacements(values: dict[str, str]) -> list[tuple[str, str]]:
             "text with %s, ... gets other ids than in training",
             *(len(others), len(values), ", ".join(map(ascii, others[:3]))),
         )
-    return [(key, values[key]) for key in sorted(left.intersection(wrong), key=len, reverse=True)]
+    # The longest first; in an order that is the same in every process.
+    replaced = sorted(sorted(left.intersection(wrong)), key=len, reverse=True)
+    return [(key, values[key]) for key in replaced]
 
 
 def _spans(characters: Iterable[str]) -> str:

@@ -59,7 +59,7 @@ def model_card(name: str, checkpoint: Path, description: Mapping[str, Any]) -> s
         "---\nlibrary_name: transformers\nlicense: unknown\n"
         + ("pipeline_tag: fill-mask\n" if masks else "")
         + "tags:\n- deberta-v2\n---",
-        f"# {run.resolve().name}: {name}",
+        f"# DeBERTa, {name}",
         f"{KINDS[name]} Pre-trained with ds_deberta; {checkpoint.name}, "
         f"{description['state']['consumed_samples']:,} rows of training. "
         "Its licence is not known here: set `license` above to yours.",
