@@ -25,7 +25,7 @@ RECIPE = (
     *("init_model", "init_generator", "init_discriminator"),
 )
 CURVES = {
-    "model": ("loss", "mlm_accuracy", "perplexity"),
+    "model": ("mlm_loss", "mlm_accuracy", "perplexity"),
     "generator": ("generator_loss", "mlm_accuracy", "perplexity"),
     "discriminator": ("discriminator_loss", "rtd_gain", "rtd_auc", "replaced_fraction"),
 }
@@ -34,6 +34,11 @@ FILL_MASK = """from transformers import pipeline
 fill = pipeline("fill-mask", {path!r}, trust_remote_code=True)
 for found in fill("This is a [MASK]."):
     print(found["token_str"], found["score"])"""
+PLAIN_LAST_LAYER = """
+
+Without `trust_remote_code`, transformers runs the last layer once and without absolute positions,
+because it has no enhanced mask decoder. On held-out text of a nano model the loss was then 0.011
+nats higher after 600 steps, and 0.002 after 963. Larger models were not measured."""
 FINE_TUNE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({path!r})
@@ -54,7 +59,11 @@ def model_card(name: str, checkpoint: Path, description: Mapping[str, Any]) -> s
     settings = _read_object(run / "config.json") | description["identity"]
     step = description["state"]["step"]
     masks = name != "discriminator"
-    use = (FILL_MASK if masks else FINE_TUNE).format(path=f"PATH/TO/{name}")
+    use = (
+        "```python\n" + (FILL_MASK if masks else FINE_TUNE).format(path=f"PATH/TO/{name}") + "\n```"
+    )
+    if masks and not description["models"][name]["position_biased_input"]:
+        use += PLAIN_LAST_LAYER
     parts = [
         "---\nlibrary_name: transformers\nlicense: unknown\n"
         + ("pipeline_tag: fill-mask\n" if masks else "")
@@ -63,7 +72,7 @@ def model_card(name: str, checkpoint: Path, description: Mapping[str, Any]) -> s
         f"{KINDS[name]} Pre-trained with ds_deberta; {checkpoint.name}, "
         f"{description['state']['consumed_samples']:,} rows of training. "
         "Its licence is not known here: set `license` above to yours.",
-        "## Use\n\n```python\n" + use + "\n```",
+        "## Use\n\n" + use,
         "## Data\n\n" + _describe_data(settings),
         "## Size and recipe\n\n"
         + _table(_sizes(description["models"][name]) | _recipe(settings, name)),

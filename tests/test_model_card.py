@@ -47,6 +47,16 @@ def test_a_card_has_data_recipe_and_last_evaluation(data_dir: Path, tiny_config,
     generator = ModelCard(model_card("generator", checkpoint, description))
     assert generator.data.pipeline_tag == "fill-mask"
     assert "| generator_loss | 4.7 |" in generator.text
+    assert "no enhanced mask decoder" in generator.text
+    assert "no enhanced mask decoder" not in card.text
+
+    (tmp_path / "mine" / "metrics.jsonl").write_text(
+        '{"step": 600, "split": "valid", "mlm_loss": 3}'
+    )
+    plain = sizes | {"position_biased_input": True}  # transformers has the whole model
+    masked = model_card("model", checkpoint, describe("mlm", {"model": plain}))
+    assert "| mlm_loss | 3 |" in masked
+    assert "no enhanced mask decoder" not in masked
 
     alone = tmp_path / "a" / "b" / "step_0000600"  # a checkpoint without its run
     card = model_card("model", alone, describe("mlm", {"model": sizes}))
