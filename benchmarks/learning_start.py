@@ -25,6 +25,7 @@ from ds_deberta.config import parse
 from ds_deberta.data import Manifest, ShardDataset, load_tokenizer
 from ds_deberta.data.unigram import Unigram, UnigramLevel
 from ds_deberta.distributed import initialize, seed_step
+from ds_deberta.horizon import Horizon
 from ds_deberta.metrics import processor
 from ds_deberta.objectives.mlm import MLMObjective
 from ds_deberta.recipes import RECIPES
@@ -65,7 +66,7 @@ def start_of(command: list[str], preset: str, steps: int, seed: int, every: int)
     logging.disable(logging.INFO)
     device = initialize(run.seed)
     tokenizer = load_tokenizer(run.data.data_dir)
-    engines = build.build_objective(run, tokenizer, device).engines
+    engines = build.build_objective(run, tokenizer, device, Horizon(steps)).engines
     model = MLMObjective(engines["model" if objective == "mlm" else "generator"])
     batches = build.build_train_batches(run, tokenizer, TrainState())
     rows = run.train.micro_batch(1)
