@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_ranks(
-    script: Path, *args: str, world_size: int = 1, timeout: float = 300, status: int = 0
+    script: Path, *args: str, world_size: int = 1, timeout: float = 900, status: int = 0
 ) -> str:
     """Run `script` once per rank; returns what they printed.
 
