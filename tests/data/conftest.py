@@ -118,6 +118,12 @@ def write_data():
 
 
 @pytest.fixture
+def data_dir():
+    """Not here: with this folder's vocabulary, all later tests would get it, too. Use `data`."""
+    pytest.fail("tests/data has a vocabulary of its own: use the fixture `data`")
+
+
+@pytest.fixture
 def data(tmp_path, tokenizer) -> Data:
     return _write_data(tmp_path, tokenizer, {"train": 41, "valid": 23})
 

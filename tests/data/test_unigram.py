@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ds_deberta.data import Manifest, NGramMasker, ShardDataset, SpecialTokens, loader
+from ds_deberta.data import NGramMasker, ShardDataset, SpecialTokens, loader
 from ds_deberta.data.loader import IGNORE_INDEX
 from ds_deberta.data.unigram import Unigram
 
@@ -49,8 +49,7 @@ def test_no_model_without_context_predicts_kept_and_random_tokens_better():
             assert got == (pytest.approx(-math.log(joint[seen, label] / total)), label == best)
 
 
-def test_the_level_is_that_of_the_very_tokens_an_evaluation_predicts(data_dir, tokenizer):
-    manifest = Manifest.load(data_dir)
+def test_the_level_is_that_of_the_very_tokens_an_evaluation_predicts(data, tokenizer):
     rule = replace(
         masker(1.0, 0.0),
         special=tokenizer.special,
@@ -58,9 +57,9 @@ def test_the_level_is_that_of_the_very_tokens_an_evaluation_predicts(data_dir, t
         num_tokens=tokenizer.num_tokens,
     )
     batches = loader.build_valid_batches(
-        data_dir=data_dir, tokenizer=tokenizer, masker=rule, micro_batch_size=5, seed=1
+        data_dir=data.folder, tokenizer=tokenizer, masker=rule, micro_batch_size=5, seed=1
     )
-    train = ShardDataset(data_dir, "train", manifest)
+    train = ShardDataset(data.folder, "train", data.manifest)
     unigram = Unigram.of(train, tokenizer.num_tokens, tokenizer.special)
     loss, correct, count = unigram.score_batches(batches, rule)
     labels = np.concatenate([batch.labels.flatten() for batch in batches])
