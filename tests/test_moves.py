@@ -38,7 +38,7 @@ def command(kind: str, config: str, step: int, data_dir: Path, model: Path, run:
         *("--model", str(model), "--data_dir", str(data_dir), "--output_dir", str(run)),
         *("--deepspeed_config", str(ROOT / f"ds_configs/{config}.json")),
         *("--max_seq_length", "32", "--train_batch_size", "12", "--micro_batch_size", "2"),
-        *("--num_training_steps", str(step), "--warmup", "3", "--lr_schedule", "constant"),
+        *("--num_training_steps", str(step), "--warmup", "2", "--lr_schedule", "constant"),
         *("--learning_rate", "1e-3", "--dropout", "0", "--num_workers", "0"),
         *("--log_interval", "1", "--eval_interval", "100", "--dump_interval", "100"),
     ]
@@ -98,7 +98,7 @@ def runs(
     shorter = (*others, "--max_seq_length", "24", "--accept_changes", "data", "max_seq_length")
     full = line("gdes", STEPS, "full on the way", "--dump_interval", "4")
     changed = [
-        (line("mlm", 2, "changed"), [], 0),
+        (line("mlm", 2, "changed", "--warmup", "1"), [], 0),
         (line("mlm", 4, "changed", *others, *accept, data=packed_data_dir), [], 0),
         (line("mlm", 6, "changed", *others, data=packed_data_dir), [], 0),
         (line("mlm", 8, "changed", *shorter, data=short_data_dir), [], 0),
