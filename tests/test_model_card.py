@@ -1,4 +1,4 @@
-"""What an export says of itself, and how it gets to the hub."""
+"""The model card of an export, and its upload to the hub."""
 
 import json
 from pathlib import Path
